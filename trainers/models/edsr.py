@@ -1,0 +1,150 @@
+"""EDSR, the enhanced deep residual network for super-resolution (Lim et al., CVPR Workshops 2017, section 3).
+
+A 3x3 convolution (head), residual blocks without normalisation and a last convolution (body) inside one global skip,
+then pixel shuffles and a 3x3 convolution (tail). Key names are those of the authors' PyTorch release: head.0,
+body.N.body.0, body.N.body.2, tail.0.K, tail.1, sub_mean, add_mean; its checkpoints load with strict=True.
+
+Parameters at scale 2, weights and biases of all convolutions: 1,369,859 for 64 features x 16 blocks (published as
+1.37 M) and 40,729,603 for 256 x 32 (published as 40.7 M). The 24 numbers of sub_mean and add_mean are constants:
+buffers here, not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from trainers.models.entry import ModelEntry, NetworkOptions
+
+DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB mean of DIV2K's training images, pixels in [0, 1]
+
+
+class EDSROptions(NetworkOptions):
+    """Size of an EDSR."""
+
+    scale: Literal[2, 3, 4, 8] = Field(2, description="Upsampling factor.")
+    features: int = Field(64, ge=1, description="Channels of the body.")
+    blocks: int = Field(16, ge=1, description="Residual blocks.")
+    res_scale: float = Field(
+        1.0, gt=0, description="Factor on each block's residual (the paper: 0.1 for 256 features)."
+    )
+    pixel_range: Literal[1, 255] = Field(
+        1,
+        description="Range of pixels inside the network: 255 for the authors' checkpoints. In and out: always [0, 1].",
+    )
+
+
+class MeanShift(nn.Module):
+    """image * gain + bias, a bias per colour.
+
+    `weight` is the identity that published checkpoints hold beside the bias. It is not used: a convolution would do this
+    sum in the autocast dtype and lose bits of the image.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, bias: list[float], gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+        self.register_buffer("weight", torch.eye(3).view(3, 3, 1, 1))
+        self.register_buffer("bias", torch.tensor(bias))
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image * self.gain + self.bias.view(1, 3, 1, 1)
+
+
+class ResidualBlock(nn.Module):
+    """x + res_scale * conv(relu(conv(x)))."""
+
+    def __init__(self, features: int, res_scale: float) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv3x3(features, features), nn.ReLU(inplace=True), conv3x3(features, features))
+        self.res_scale = res_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual: Tensor = self.body(x)
+        return x + residual if self.res_scale == 1.0 else x + residual * self.res_scale
+
+
+class EDSR(nn.Module):
+    """(B, 3, H, W) in [0, 1] -> (B, 3, scale * H, scale * W), not clipped."""
+
+    def __init__(self, options: EDSROptions) -> None:
+        super().__init__()
+        features, pixel_range = options.features, float(options.pixel_range)
+        mean = [pixel_range * colour for colour in DIV2K_MEAN]
+        self.pixel_range = pixel_range
+        self.sub_mean = MeanShift([-colour for colour in mean], gain=pixel_range)
+        self.head = nn.Sequential(conv3x3(3, features))
+        blocks = [ResidualBlock(features, options.res_scale) for _ in range(options.blocks)]
+        self.body = nn.Sequential(*blocks, conv3x3(features, features))
+        self.tail = nn.Sequential(upsampler(options.scale, features), conv3x3(features, 3))
+        self.add_mean = MeanShift(mean, gain=1.0)
+
+    def forward(self, image: Tensor) -> Tensor:
+        shallow = self.head(self.sub_mean(image))
+        # Out of place: an addition into the body's output would also change the tap on the body's last convolution.
+        deep = self.body(shallow) + shallow
+        restored: Tensor = self.add_mean(self.tail(deep))
+        return restored if self.pixel_range == 1.0 else restored / self.pixel_range
+
+
+def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+def upsampler(scale: int, features: int) -> nn.Sequential:
+    """Convolution and pixel shuffle: once for 3, log2(scale) times by 2 for the others."""
+    factors = [3] if scale == 3 else [2] * (scale.bit_length() - 1)
+    layers: list[nn.Module] = []
+    for factor in factors:
+        layers += [conv3x3(features, features * factor**2), nn.PixelShuffle(factor)]
+    return nn.Sequential(*layers)
+
+
+def options_from_state_dict(state_dict: Mapping[str, Tensor]) -> EDSROptions:
+    """The options of the EDSR whose state dict this is: the inverse of construction.
+
+    Weights do not tell res_scale; it is taken as in the paper: 0.1 from 256 features on, 1.0 below.
+    """
+    needed = ["head.0.weight", "tail.0.0.weight", "tail.1.weight", "sub_mean.bias"]
+    missing = [key for key in needed if key not in state_dict]
+    if missing:
+        raise ValueError(f"not an EDSR state dict: it lacks {', '.join(missing)}")
+    features = state_dict["head.0.weight"].shape[0]
+    blocks = sum(key.startswith("body.") and key.endswith(".body.0.weight") for key in state_dict)
+    shuffles = sum(key.startswith("tail.0.") and key.endswith(".weight") for key in state_dict)
+    first_factor_squared = state_dict["tail.0.0.weight"].shape[0] // features
+    return EDSROptions.model_validate(
+        {
+            "scale": 3 if first_factor_squared == 9 else 2**shuffles,
+            "features": features,
+            "blocks": blocks,
+            "res_scale": 0.1 if features >= 256 else 1.0,
+            "pixel_range": 255 if state_dict["sub_mean.bias"].abs().max() > 1 else 1,
+        }
+    )
+
+
+def natural_taps(options: EDSROptions) -> dict[str, str]:
+    """The thirds of the body: t1 and t2 after the blocks nearest to 1/3 and 2/3, t3 after the last convolution.
+
+    t3 is the tensor that enters the global skip, before the addition (FACD's framework figure).
+    """
+    first, second = (max(1, round(options.blocks * third / 3)) for third in (1, 2))
+    return {"t1": f"body.{first - 1}", "t2": f"body.{second - 1}", "t3": f"body.{options.blocks}"}
+
+
+EDSR_ENTRY = ModelEntry(
+    name="edsr",
+    constructor=EDSR,
+    options=EDSROptions,
+    options_from_state_dict=options_from_state_dict,
+    natural_taps=natural_taps,
+    multiple_of=lambda options: 1,
+)
