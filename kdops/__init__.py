@@ -1,0 +1,24 @@
+"""kdops: fused, memory-linear autograd ops for knowledge distillation in image restoration.
+
+Importing never needs a GPU, triton or a compiler. What runs where is said by `info()` and, per call, by `explain()`.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from .contrast import contrastive_ratio, matched_distance, pairwise_distance
+from .dispatch import backend, explain, info
+
+try:
+    __version__ = version("kdops")
+except PackageNotFoundError:  # used from a source tree that is not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "__version__",
+    "backend",
+    "contrastive_ratio",
+    "explain",
+    "info",
+    "matched_distance",
+    "pairwise_distance",
+]

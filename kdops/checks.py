@@ -1,0 +1,57 @@
+"""Input validation in one style of message: what was given, what is needed, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+STATISTICS = ("mean", "sum")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def describe(t: Tensor) -> str:
+    """`(2, 3, 8, 8) float32`, for messages."""
+    return f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}"
+
+
+def tensors(op: str, **given: object) -> None:
+    """TypeError unless every argument is a floating-point tensor; ValueError unless they share a device.
+
+    dtypes must agree too (TypeError), except under autocast, where `for_distance` brings them together.
+    """
+    for name, t in given.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} is {type(t).__name__}, but it must be a torch.Tensor.")
+        if not t.is_floating_point():
+            raise TypeError(f"{op}: {name} is {describe(t)}, but it must be floating point: convert it with .float().")
+    listed = {name: t for name, t in given.items() if isinstance(t, Tensor)}
+    said = ", ".join(f"{name} {describe(t)}" for name, t in listed.items())
+    first = next(iter(listed.values()))
+    if any(t.device != first.device for t in listed.values()):
+        where = ", ".join(f"{name} on {t.device}" for name, t in listed.items())
+        raise ValueError(f"{op}: {where}, but they must be on one device: move them with .to(device).")
+    if any(t.dtype != first.dtype for t in listed.values()) and not autocasting(first):
+        raise TypeError(
+            f"{op}: {said}, but they must have one dtype: convert with .to(dtype), or run under torch.autocast."
+        )
+
+
+def autocasting(t: Tensor) -> bool:
+    """Whether torch.autocast is on for the device of `t`."""
+    return torch.is_autocast_enabled(t.device.type)
+
+
+def for_distance(*given: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast distances run in float32 (float64 stays): the same rule for every backend, the reference included."""
+    if not autocasting(given[0]):
+        return given
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
+    return tuple(t.to(wide) for t in given)
+
+
+def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None:
+    """ValueError unless `value` is among `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{op}: {name} is {value!r}, but it must be one of {', '.join(map(repr, allowed))}.")

@@ -1,0 +1,180 @@
+"""Schemas, fakes, autograd, backends, costs and sample inputs of the contrastive distances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, registration
+from ..dispatch import Backend, OpSpec, Sample
+from . import reference
+
+TRITON = "kdops.contrast.triton"
+NO_DOUBLE_BACKWARD = (
+    "a contrastive loss is differentiated once, and the second derivative of p=1 is zero almost everywhere"
+)
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _like(t: Tensor, needed: bool) -> Tensor:
+    return torch.empty_like(t) if needed else t.new_empty(0)
+
+
+def _fake_distance(x: Tensor, y: Tensor, p: int) -> Tensor:
+    return x.new_empty((x.shape[0], y.shape[0]), dtype=_result_dtype(x))
+
+
+def _fake_matched(anchor: Tensor, others: Tensor, p: int) -> Tensor:
+    return anchor.new_empty(others.shape[:2], dtype=_result_dtype(anchor))
+
+
+def _fake_backward(grad: Tensor, a: Tensor, b: Tensor, p: int, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor]:
+    return _like(a, need_a), _like(b, need_b)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    a, b, ctx.p = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _backward(op: registration.Op) -> Callable[..., Any]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        need_a, need_b = ctx.needs_input_grad[:2]
+        grad_a, grad_b = op(grad, *ctx.saved_tensors, ctx.p, need_a, need_b)
+        return grad_a if need_a else None, grad_b if need_b else None, None
+
+    return backward
+
+
+for _name, _first, _second, _fake in (
+    ("pairwise_distance", "x", "y", _fake_distance),
+    ("matched_distance", "anchor", "others", _fake_matched),
+):
+    registration.define(_name, f"(Tensor {_first}, Tensor {_second}, int p) -> Tensor", _fake, TRITON)
+    registration.define(
+        f"{_name}_backward",
+        f"(Tensor grad, Tensor {_first}, Tensor {_second}, int p, bool need_{_first}, bool need_{_second}) -> (Tensor, Tensor)",
+        _fake_backward,
+        TRITON,
+    )
+    registration.differentiate(_name, _setup_context, _backward, NO_DOUBLE_BACKWARD)
+
+
+# --- costs -----------------------------------------------------------------------------------------------------------------------
+
+
+def _size(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _bytes(*tensors: Tensor, backward: bool = False, **kwargs: Any) -> int:
+    # Forward reads every input once; backward reads them again and writes the gradients that are asked for.
+    wanted = [t for t in tensors if t.requires_grad]
+    return _size(*tensors) + backward * (_size(*tensors) + _size(*wanted))
+
+
+def _pair_flops(a: Tensor, b: Tensor, backward: bool) -> int:
+    pairs = b.numel() if b.ndim > a.ndim else b.shape[0] * a.numel()  # (B, K, *F) in number
+    # Forward: subtract, accumulate |.| (the sign is free). Backward: subtract, then select the weighted sign and accumulate, per gradient.
+    return pairs * (2 + backward * (1 + 2 * (a.requires_grad + b.requires_grad)))
+
+
+def _flops(anchor: Tensor, *others: Tensor, backward: bool = False, **kwargs: Any) -> int:
+    if len(others) == 1:
+        return _pair_flops(anchor, others[0], backward)
+    positive, negatives = others
+    return _pair_flops(anchor, positive.unsqueeze(1), backward) + _pair_flops(anchor, negatives, backward)
+
+
+def _scratch_bytes(anchor: Tensor, *others: Tensor, backward: bool = False, **kwargs: Any) -> int:
+    # Kernels keep their tiles in cache. The ratio adds the two gradients of the anchor, for which autograd holds both.
+    return _size(anchor) if len(others) > 1 and backward and anchor.requires_grad else 0
+
+
+# --- backends and samples --------------------------------------------------------------------------------------------------------
+
+Distance = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def _shared_or_own(pairwise: Distance, matched: Distance) -> Distance:
+    """One distance for both kinds of negatives: others of one more axis than the anchor are the anchor's own."""
+
+    def distance(anchor: Tensor, others: Tensor, p: int) -> Tensor:
+        return (matched if others.ndim > anchor.ndim else pairwise)(anchor, others, p)
+
+    return distance
+
+
+DISTANCES: dict[str, dict[str, Distance]] = {
+    function: {
+        "cpu": registration.op(function),
+        "cuda": registration.op(function),
+        "triton": registration.op(function, "_triton"),
+        "reference": getattr(reference, function),
+    }
+    for function in ("pairwise_distance", "matched_distance")
+}
+DISTANCES["contrastive_ratio"] = {
+    backend: _shared_or_own(DISTANCES["pairwise_distance"][backend], DISTANCES["matched_distance"][backend])
+    for backend in dispatch.BACKENDS
+}
+
+SUPPORTS = {
+    "cpu": dispatch.supports_cpu,
+    "cuda": dispatch.supports_cuda,
+    "triton": dispatch.supports_triton,
+    "reference": dispatch.supports_reference,
+}
+
+
+def _pair(b: int, k: int, *f: int, own: bool) -> tuple[tuple[int, ...], ...]:
+    return ((b, *f), (b, k, *f) if own else (k, *f))
+
+
+def _distance_samples(own: bool) -> tuple[Sample, ...]:
+    return (
+        Sample("square p=1", _pair(4, 4, 8, 5, 5, own=own)),
+        Sample("square p=2 sum", _pair(4, 4, 8, 5, 5, own=own), {"p": 2, "statistic": "sum"}),
+        Sample("prime", _pair(3, 5, 7, 11, 13, own=own), {"p": 1}),
+        Sample("one of each", _pair(1, 1, 1, own=own), {"p": 2}),
+        Sample("long rows", _pair(2, 3, 3001, own=own), {"p": 1, "statistic": "sum"}),
+        Sample("no negatives", _pair(2, 0, 4, 3, own=own), {"p": 1, "statistic": "sum"}),
+        Sample("empty batch", _pair(0, 3, 4, 3, own=own), {"p": 2, "statistic": "sum"}),
+    )
+
+
+_RATIO_SAMPLES = (
+    Sample("shared", ((3, 4, 5, 5), (3, 4, 5, 5), (5, 4, 5, 5))),
+    Sample("own p=2", ((2, 3, 7), (2, 3, 7), (2, 4, 3, 7)), {"p": 2, "reduction": "none"}),
+    Sample(
+        "masked, one row without negatives",
+        ((3, 4, 5), (3, 4, 5), (3, 4, 5)),
+        {"mask": torch.tensor([[False, True, True], [False, False, False], [True, True, False]]), "reduction": "sum"},
+    ),
+)
+
+
+def register(function: Callable[..., Any]) -> None:
+    """Tell dispatch and the contract tests about one public function of this op."""
+    name = function.__name__
+    ratio = name == "contrastive_ratio"
+    raw = ("pairwise_distance", "matched_distance") if ratio else (name,)
+    dispatch.register(
+        OpSpec(
+            name=name,
+            function=function,
+            backends=tuple(Backend(b, DISTANCES[name][b], SUPPORTS[b]) for b in dispatch.BACKENDS),
+            samples=_RATIO_SAMPLES if ratio else _distance_samples(own=name == "matched_distance"),
+            bytes=_bytes,
+            flops=_flops,
+            scratch_bytes=_scratch_bytes,
+            raw_ops=tuple(op for r in raw for op in (r, f"{r}_backward")),
+            no_double_backward=NO_DOUBLE_BACKWARD,
+        )
+    )

@@ -1,0 +1,52 @@
+"""Thin modules over the functions, for models and losses that are built from modules. Each takes the function's options."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .contrast import contrastive_ratio, matched_distance, pairwise_distance
+
+
+class PairwiseDistance(nn.Module):
+    """`kdops.pairwise_distance` as a module: (B, *F), (K, *F) -> (B, K)."""
+
+    def __init__(self, *, p: int = 1, statistic: str = "mean", backend: str = "auto") -> None:
+        super().__init__()
+        self.p, self.statistic, self.backend = p, statistic, backend
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return pairwise_distance(x, y, p=self.p, statistic=self.statistic, backend=self.backend)
+
+
+class MatchedDistance(nn.Module):
+    """`kdops.matched_distance` as a module: (B, *F), (B, K, *F) -> (B, K)."""
+
+    def __init__(self, *, p: int = 1, statistic: str = "mean", backend: str = "auto") -> None:
+        super().__init__()
+        self.p, self.statistic, self.backend = p, statistic, backend
+
+    def forward(self, anchor: Tensor, others: Tensor) -> Tensor:
+        return matched_distance(anchor, others, p=self.p, statistic=self.statistic, backend=self.backend)
+
+
+class ContrastiveRatio(nn.Module):
+    """`kdops.contrastive_ratio` as a module: anchor (B, *F), positive (B, *F), negatives (K, *F) or (B, K, *F) -> scalar or (B,)."""
+
+    def __init__(
+        self, *, p: int = 1, eps: float = 1e-7, statistic: str = "mean", reduction: str = "mean", backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.p, self.eps, self.statistic, self.reduction, self.backend = p, eps, statistic, reduction, backend
+
+    def forward(self, anchor: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None = None) -> Tensor:
+        return contrastive_ratio(
+            anchor,
+            positive,
+            negatives,
+            p=self.p,
+            eps=self.eps,
+            statistic=self.statistic,
+            mask=mask,
+            reduction=self.reduction,
+            backend=self.backend,
+        )

@@ -1,0 +1,70 @@
+"""How a raw operator is declared to torch: one schema, fake and autograd formula, shared by every backend that implements it.
+
+`kdops::<name>` is implemented in C++ (CPU and CUDA keys), `kdops::<name>_triton` in Triton (CUDA, and the CPU under the interpreter).
+They are two operators and not one so that a forced backend stays visible in a compiled graph.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("kdops", "FRAGMENT")
+SUFFIXES = ("", "_triton")
+
+Op = Callable[..., Any]
+
+
+def define(name: str, schema: str, fake: Callable[..., Any], triton_module: str) -> None:
+    """Declare `kdops::<name>` and `kdops::<name>_triton` with `schema` (what follows the name) and the fake `fake`.
+
+    The Triton implementation is the function `name` of `triton_module`, imported at its first call.
+    """
+    for suffix in SUFFIXES:
+        LIBRARY.define(f"{name}{suffix}{schema}")
+        torch.library.register_fake(f"kdops::{name}{suffix}", fake, lib=LIBRARY)
+    implementation = _lazy(triton_module, name)
+    for key in ("CPU", "CUDA"):
+        LIBRARY.impl(f"{name}_triton", implementation, key)
+
+
+def op(name: str, suffix: str = "") -> Op:
+    """The callable operator `kdops::<name><suffix>`, its overload bound once."""
+    overload: Op = getattr(torch.ops.kdops, name + suffix).default
+    return overload
+
+
+def differentiate(
+    name: str, setup_context: Callable[..., None], backward: Callable[[Op], Callable[..., Any]], no_double_backward: str
+) -> None:
+    """Give `name` the gradient that its operator `<name>_backward` of the same backend computes.
+
+    `backward(op)` returns the autograd formula that calls `op`. The backward operator itself raises when it is differentiated:
+    without a formula torch would only warn and return a wrong second derivative.
+    """
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f"{name}: no double backward, because {no_double_backward}; pass backend='reference' to differentiate twice."
+        )
+
+    for suffix in SUFFIXES:
+        formula = backward(op(f"{name}_backward", suffix))
+        torch.library.register_autograd(f"kdops::{name}{suffix}", formula, setup_context=setup_context, lib=LIBRARY)
+        torch.library.register_autograd(f"kdops::{name}_backward{suffix}", refuse, lib=LIBRARY)
+
+
+def _lazy(module: str, function: str) -> Op:
+    def call(*args: Any) -> Any:
+        kernel = getattr(importlib.import_module(module), function)
+        device = args[0].device
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                return kernel(*args)
+        return kernel(*args)
+
+    return call
