@@ -1,0 +1,44 @@
+"""What all tests share. Set before kdops and triton are imported: without a GPU, Triton kernels run in its interpreter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import hypothesis
+import pytest
+
+# The same examples on every machine and run: a failure in CI is the failure at home. `--hypothesis-seed=random` explores.
+hypothesis.settings.register_profile("kdops", deadline=None, derandomize=True, max_examples=30)
+hypothesis.settings.load_profile("kdops")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow (make test-all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave slow tests out unless asked for; skip GPU tests where there is no GPU."""
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        if slow:
+            config.hook.pytest_deselected(items=slow)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images and weights that is not part of the project."""
+    path = Path(os.environ.get("KDOPS_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "data"
+    if not path.is_dir():
+        pytest.skip(f"real data not found at {path}: set KDOPS_SHARED to the folder that holds data/")
+    return path
