@@ -1,0 +1,1 @@
+"""Trainers for knowledge distillation in image restoration: `kdtrain`, or `python -m trainers`."""

@@ -1,0 +1,79 @@
+"""What the sections of a config are made of: the strict base class, paths, loss weights."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo
+
+PHOTOS = "photos"
+BUILTIN = "builtin:"
+
+
+class Section(BaseModel):
+    """A block of the config: an unknown key is an error, nothing is converted (1.0 is no integer), values never change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+def _absolute(value: str, info: ValidationInfo) -> str:
+    if value == PHOTOS or value.startswith(BUILTIN):
+        return value
+    base = (info.context or {}).get("base", "")
+    return os.path.abspath(os.path.join(base, os.path.expanduser(value)))
+
+
+# A file or folder. A relative path is relative to the YAML file; `photos` and `builtin:...` are names of ours and stay.
+PathText = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, (dict, BaseModel)):
+        return "mapping"
+    if isinstance(value, str):
+        return "text"
+    return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else "neither"
+
+
+def shape_of(expected: str) -> Discriminator:
+    """Chooses a union's member by what was written (mapping, number or text), so that one mistake gives one message."""
+    return Discriminator(_shape, custom_error_type="wrong_shape", custom_error_message=f"must be {expected}")
+
+
+class Fixed(Section):
+    """A weight that is a number, reached by a linear ramp."""
+
+    value: float = Field(ge=0)
+    """The factor on the loss term."""
+    ramp: int = Field(0, ge=0)
+    """Steps in which the weight grows linearly from 0; 0 = the full weight from the first step."""
+
+
+class Share(Section):
+    """A weight that keeps the term's gradient at a fixed share of the pixel term's gradient."""
+
+    share: float = Field(gt=0)
+    """Norm of the weighted term's gradient over the student's parameters, divided by that of the weighted pixel term."""
+    ramp: int = Field(0, ge=0)
+    """Steps in which the share grows linearly from 0; 0 = the full share from the first step."""
+
+
+def _weight_kind(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "share" if isinstance(value, Share) else "fixed"
+    if isinstance(value, dict):
+        return "fixed" if "value" in value else "share"
+    return _shape(value)
+
+
+Weight = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")] | Annotated[Fixed, Tag("fixed")] | Annotated[Share, Tag("share")],
+    Discriminator(
+        _weight_kind,
+        custom_error_type="wrong_shape",
+        custom_error_message="must be a number, {value: number, ramp: steps} or {share: number, ramp: steps}",
+    ),
+]
+
+Auto = Annotated[Literal["auto"], Tag("text")]
