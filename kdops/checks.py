@@ -1,4 +1,7 @@
-"""Input validation in one style of message: what was given, what is needed, what to do."""
+"""Input validation in one style of message: what was given, what is needed, what to do.
+
+A message is put together only where it is raised: torch.compile(fullgraph=True) traces what runs, and shapes in a string break the graph.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +30,12 @@ def tensors(op: str, **given: object) -> None:
         if not t.is_floating_point():
             raise TypeError(f"{op}: {name} is {describe(t)}, but it must be floating point: convert it with .float().")
     listed = {name: t for name, t in given.items() if isinstance(t, Tensor)}
-    said = ", ".join(f"{name} {describe(t)}" for name, t in listed.items())
     first = next(iter(listed.values()))
     if any(t.device != first.device for t in listed.values()):
         where = ", ".join(f"{name} on {t.device}" for name, t in listed.items())
         raise ValueError(f"{op}: {where}, but they must be on one device: move them with .to(device).")
     if any(t.dtype != first.dtype for t in listed.values()) and not autocasting(first):
+        said = ", ".join(f"{name} {describe(t)}" for name, t in listed.items())
         raise TypeError(
             f"{op}: {said}, but they must have one dtype: convert with .to(dtype), or run under torch.autocast."
         )

@@ -103,8 +103,10 @@ _DEFAULT = _check_name(os.environ.get("KDOPS_BACKEND", "auto"), "The environment
 
 
 class _Selection(threading.local):
-    # A thread local and not a ContextVar: torch.compile(fullgraph=True) can trace the first but not the second.
-    name: str = _DEFAULT
+    # A thread local and not a ContextVar: torch.compile(fullgraph=True) can trace the first but not the second,
+    # and it guards on an attribute of the instance, not of the class.
+    def __init__(self) -> None:
+        self.name = _DEFAULT
 
 
 _selection = _Selection()

@@ -181,16 +181,18 @@ def _without_axis_1(t: Tensor) -> torch.Size:
 
 
 def _check_ratio_shapes(op: str, anchor: Tensor, positive: Tensor, negatives: Tensor, mask: Tensor | None) -> None:
-    said = f"{op}: anchor {checks.describe(anchor)}, positive {checks.describe(positive)}, negatives {checks.describe(negatives)}"
     shared = negatives.shape[1:] == anchor.shape[1:] and negatives.ndim == anchor.ndim
     own = negatives.ndim == anchor.ndim + 1 and _without_axis_1(negatives) == anchor.shape
     if anchor.ndim < 2 or positive.shape != anchor.shape or not (shared or own):
         raise ValueError(
-            f"{said}, but they must be (B, *F), (B, *F) and (K, *F) or (B, K, *F) with the same features F."
+            f"{op}: anchor {checks.describe(anchor)}, positive {checks.describe(positive)}, negatives {checks.describe(negatives)}, "
+            "but they must be (B, *F), (B, *F) and (K, *F) or (B, K, *F) with the same features F."
         )
     count = negatives.shape[1] if own else negatives.shape[0]
     if count == 0 or prod(anchor.shape[1:]) == 0:
-        raise ValueError(f"{said}: there must be at least one negative and one feature.")
+        raise ValueError(
+            f"{op}: negatives {checks.describe(negatives)}, but there must be at least one negative and one feature."
+        )
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

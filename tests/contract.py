@@ -1,0 +1,119 @@
+"""Helpers of the contract tests: which cases there are, and how a case is run and recorded. An op joins by its spec alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kdops  # noqa: F401  (registers the ops)
+from kdops.dispatch import SPECS, OpSpec, Sample
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+GPU = torch.cuda.is_available()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one backend with one sample."""
+
+    spec: OpSpec
+    backend: str
+    sample: Sample
+
+    def __str__(self) -> str:
+        return f"{self.spec.name}-{self.backend}-{self.sample.name}"
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.backend == "cuda" or (self.backend == "triton" and GPU) else "cpu"
+
+    def inputs(self, dtype: torch.dtype = torch.float32, requires_grad: bool = True, seed: int = 0) -> list[Tensor]:
+        """Normal inputs, rounded to `dtype`: the same values for every backend and device."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.sample.shapes]
+        return [t.to(self.device, dtype).requires_grad_(requires_grad) for t in drawn]
+
+    def call(self, *tensors: Tensor, backend: str | None = None) -> Tensor:
+        """The public function, on this case's backend unless another is named."""
+        kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in self.sample.kwargs.items()}
+        out: Tensor = self.spec.function(*tensors, **kwargs, backend=backend or self.backend)
+        return out
+
+    def upstream(self, out: Tensor, seed: int = 1) -> Tensor:
+        """A random gradient for `out`."""
+        return torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(out)
+
+    def gradients(
+        self, tensors: list[Tensor], backend: str | None = None, seed: int = 1
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The result and the gradients of every input that requires one."""
+        out = self.call(*tensors, backend=backend)
+        wanted = [t for t in tensors if t.requires_grad]
+        return out.detach(), list(torch.autograd.grad(out, wanted, self.upstream(out, seed)))
+
+
+def cases() -> list[Case]:
+    """Every op x backend x sample that this machine can run."""
+    return [
+        Case(spec, b.name, sample)
+        for spec in SPECS.values()
+        for b in spec.backends
+        if not _reason(spec, b.name)
+        for sample in spec.samples
+    ]
+
+
+def missing() -> Iterator[tuple[OpSpec, str, str]]:
+    """Every op x backend that it cannot run, with the reason."""
+    for spec in SPECS.values():
+        for b in spec.backends:
+            reason = _reason(spec, b.name)
+            if reason:
+                yield spec, b.name, reason
+
+
+def _reason(spec: OpSpec, backend: str) -> str | None:
+    case = Case(spec, backend, spec.samples[0])
+    if case.device == "cuda" and not GPU:
+        return "needs a CUDA device"
+    return spec.backend(backend).supports(case.inputs())
+
+
+class RecordOps(TorchDispatchMode):
+    """Records the kdops operators that run beneath it, with their arguments and results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "kdops":
+            self.calls.append((func, args, out))
+        return out
+
+
+def relative_error(measured: Tensor, exact: Tensor) -> float:
+    """Largest absolute error, relative to the largest exact value."""
+    if exact.numel() == 0:
+        return 0.0
+    scale = exact.abs().max().clamp(min=1e-300)
+    return float((measured.to(exact) - exact).detach().abs().max() / scale)
+
+
+def layouts(t: Tensor) -> dict[str, Tensor]:
+    """The same values in other strides. The axes that are moved are the features'; `batch last` moves the rows' axis too."""
+    axes = list(range(t.ndim))
+    permuted = t.permute(axes[::-1]).contiguous().permute(axes[::-1])
+    swapped = t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.ndim > 2 else t
+    wide = torch.zeros((*t.shape[:-1], 2 * t.shape[-1] + 1), dtype=t.dtype, device=t.device)
+    wide[..., 1::2] = t
+    found = {"batch last": permuted, "swapped": swapped, "strided": wide[..., 1::2]}
+    if t.ndim == 4:
+        found["channels_last"] = t.contiguous(memory_format=torch.channels_last)
+    return found

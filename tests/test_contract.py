@@ -1,0 +1,376 @@
+"""The contract: what every op keeps, on every backend, for every sample. Clauses are numbered as in docs/contract.md."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import kdops
+from tests.contract import DTYPES, GPU, Case, RecordOps, cases, layouts, missing, relative_error
+
+CASES = cases()
+FIRST = [next(group) for _, group in itertools.groupby(CASES, key=lambda c: (c.spec.name, c.backend))]
+KERNELS = [case for case in CASES if case.backend != "reference"]
+GPU_KERNELS = [case for case in FIRST if case.device == "cuda"] or [None]
+
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+first_sample = pytest.mark.parametrize("case", FIRST, ids=str)
+
+
+def supported(case: Case, dtype: torch.dtype) -> bool:
+    return case.spec.backend(case.backend).supports(case.inputs(dtype)) is None
+
+
+@pytest.mark.parametrize(("spec", "backend", "reason"), list(missing()), ids=lambda v: getattr(v, "name", v))
+def test_backend_is_here(spec: kdops.dispatch.OpSpec, backend: str, reason: str) -> None:
+    pytest.skip(f"{spec.name} on {backend}: {reason}")
+
+
+# 1 ---------------------------------------------------------------------------------------------------------------------
+
+# Beside twice the eager error, a kernel may be off by a few roundings of its result.
+FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES}
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives NaN: an element that a kernel forgets to write cannot pass."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_01_matches_float64(case: Case, dtype: torch.dtype, poisoned_memory: None) -> None:
+    if not supported(case, dtype):
+        with pytest.raises(RuntimeError, match="cannot run because"):
+            case.call(*case.inputs(dtype))
+        return
+    given = case.inputs(dtype)
+    out, grads = case.gradients(given)
+    eager_out, eager_grads = case.gradients(given, backend="reference")
+    exact = [t.detach().double().requires_grad_() for t in given]
+    exact_out = case.call(*exact, backend="reference")
+    exact_grads = torch.autograd.grad(exact_out, exact, case.upstream(out).double())
+    factor = 4 if dtype == torch.bfloat16 and case.backend == "triton" and not GPU else 2
+    assert out.dtype == dtype
+    for mine, eager, truth in zip((out, *grads), (eager_out, *eager_grads), (exact_out, *exact_grads), strict=True):
+        assert mine.shape == truth.shape
+        assert mine.dtype == dtype
+        assert relative_error(mine, truth) <= factor * relative_error(eager, truth) + FLOOR[dtype]
+
+
+# 2 ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_02_gradcheck(case: Case) -> None:
+    if not supported(case, torch.float64):
+        assert case.backend in ("cuda", "triton"), "the reference and the CPU must take float64"
+        return
+    assert torch.autograd.gradcheck(case.call, case.inputs(torch.float64), fast_mode=True)
+
+
+@first_sample
+def test_02_double_backward(case: Case) -> None:
+    if case.backend == "reference" or case.spec.no_double_backward is None:
+        assert torch.autograd.gradgradcheck(case.call, case.inputs(torch.float64), fast_mode=True)
+        return
+    given = case.inputs()
+    grads = torch.autograd.grad(case.call(*given).sum(), given, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no double backward"):
+        sum(g.square().sum() for g in grads).backward()
+
+
+@first_sample
+def test_02_forward_mode(case: Case) -> None:
+    given = case.inputs(requires_grad=False)
+    tangents = [torch.ones_like(t) for t in given]
+    if case.backend == "reference":
+        _, tangent = torch.func.jvp(lambda *t: case.call(*t), tuple(given), tuple(tangents))
+        assert tangent.isfinite().all()
+        return
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda *t: case.call(*t), tuple(given), tuple(tangents))
+
+
+# 3 ---------------------------------------------------------------------------------------------------------------------
+
+
+def recorded(case: Case, tensors: list[Tensor]) -> list[tuple]:
+    """The raw operators that forward and backward ran, with their arguments."""
+    with RecordOps() as ops:
+        case.gradients(tensors)
+    return ops.calls
+
+
+@pytest.mark.parametrize("case", KERNELS, ids=str)
+def test_03_opcheck(case: Case) -> None:
+    calls = recorded(case, case.inputs())
+    assert calls, "no kdops operator ran"
+    assert {op.name().removeprefix("kdops::").removesuffix("_triton") for op, *_ in calls} <= set(case.spec.raw_ops)
+    for op, args, _ in calls:
+        differentiable = not op.name().removesuffix("_triton").endswith("_backward")
+        fresh = [a.detach().clone().requires_grad_(differentiable) if isinstance(a, Tensor) else a for a in args]
+        torch.library.opcheck(op, fresh)
+
+
+@pytest.mark.parametrize("case", [c for c in FIRST if c.backend != "reference"], ids=str)
+def test_03_opcheck_of_other_strides(case: Case) -> None:
+    for name in layouts(case.inputs()[0]):
+        calls = recorded(case, [layouts(t.detach())[name].requires_grad_() for t in case.inputs()])
+        for op, args, _ in calls:
+            torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+# 4 ---------------------------------------------------------------------------------------------------------------------
+
+
+@every_case
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_04_compiles_to_one_graph(case: Case, dynamic: bool) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(case.call, fullgraph=True, dynamic=dynamic, backend=counter)
+    given = case.inputs()
+    out, grads = case.gradients(given)
+    compiled_out = compiled(*given)
+    compiled_grads = torch.autograd.grad(compiled_out, given, case.upstream(out))
+    for mine, eager in zip((compiled_out, *compiled_grads), (out, *grads), strict=True):
+        torch.testing.assert_close(mine, eager)
+    assert counter.frame_count == 1
+
+
+@first_sample
+def test_04_other_shapes_do_not_recompile(case: Case) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(case.call, fullgraph=True, dynamic=True, backend=counter)
+    for scale in (2, 3, 4):
+        larger = [torch.cat([t] * scale, dim=-1).detach().requires_grad_() for t in case.inputs()]
+        torch.testing.assert_close(compiled(*larger), case.call(*larger))
+    assert counter.frame_count == 1
+
+
+@first_sample
+def test_04_backend_context_compiles(case: Case) -> None:
+    torch._dynamo.reset()
+
+    def forced(*tensors: Tensor) -> Tensor:
+        with kdops.backend(case.backend):
+            return case.call(*tensors, backend="auto")
+
+    given = case.inputs()
+    torch.testing.assert_close(torch.compile(forced, fullgraph=True, backend="aot_eager")(*given), case.call(*given))
+
+
+@pytest.mark.slow
+@first_sample
+def test_04_inductor(case: Case) -> None:
+    torch._dynamo.reset()
+    given = case.inputs()
+    out, grads = case.gradients(given)
+    compiled_out = torch.compile(case.call, fullgraph=True)(*given)
+    compiled_grads = torch.autograd.grad(compiled_out, given, case.upstream(out))
+    for mine, eager in zip((compiled_out, *compiled_grads), (out, *grads), strict=True):
+        torch.testing.assert_close(mine, eager)
+
+
+# 5 ---------------------------------------------------------------------------------------------------------------------
+
+
+@first_sample
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_05_autocast_runs_distances_in_float32(case: Case, dtype: torch.dtype) -> None:
+    given = case.inputs(dtype)
+    mixed = [given[0].detach().float(), *given[1:]]  # a teacher outside autocast beside a student under it
+    wide = [t.detach().float() for t in given]
+    with torch.autocast(case.device, dtype=torch.bfloat16):
+        out, of_mixed = case.call(*given), case.call(*mixed)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, case.call(*wide), rtol=0, atol=0)
+    torch.testing.assert_close(of_mixed, case.call(*wide), rtol=0, atol=0)
+    for grad, t in zip(torch.autograd.grad(out.sum(), given), given, strict=True):
+        assert grad.dtype == t.dtype
+
+
+# 6, 7 ------------------------------------------------------------------------------------------------------------------
+
+
+@first_sample
+def test_06_every_subset_of_gradients(case: Case) -> None:
+    everything = dict(enumerate(case.gradients(case.inputs())[1]))
+    for subset in itertools.product([False, True], repeat=len(everything)):
+        given = [t.detach().requires_grad_(wanted) for t, wanted in zip(case.inputs(), subset, strict=True)]
+        out = case.call(*given)
+        assert out.requires_grad == any(subset)
+        if not any(subset):
+            continue
+        out.backward(case.upstream(out))
+        for i, (t, wanted) in enumerate(zip(given, subset, strict=True)):
+            if wanted:
+                torch.testing.assert_close(t.grad, everything[i], rtol=0, atol=0)
+            else:
+                assert t.grad is None
+
+
+@pytest.mark.parametrize("case", [c for c in FIRST if c.backend != "reference"], ids=str)
+def test_06_unwanted_gradients_are_not_computed(case: Case) -> None:
+    """The backward operator returns as many elements as there are inputs that ask for a gradient."""
+    given = [t.detach().requires_grad_(i == 0) for i, t in enumerate(case.inputs())]
+    for op, args, out in recorded(case, given):
+        if op.name().removesuffix("_triton").endswith("_backward"):
+            wanted = [a.numel() for a in args[1:] if isinstance(a, Tensor) and a.data_ptr() == given[0].data_ptr()]
+            assert sum(g.numel() for g in out) == sum(wanted)
+
+
+@every_case
+def test_07_backward_twice(case: Case) -> None:
+    given = case.inputs()
+    out = case.call(*given)
+    first = torch.autograd.grad(out, given, case.upstream(out, seed=1), retain_graph=True)
+    second = torch.autograd.grad(out, given, case.upstream(out, seed=2))
+    for seed, grads in ((1, first), (2, second)):
+        for mine, fresh in zip(grads, case.gradients(case.inputs(), seed=seed)[1], strict=True):
+            torch.testing.assert_close(mine, fresh, rtol=0, atol=0)
+
+
+# 8, 9 ------------------------------------------------------------------------------------------------------------------
+
+
+@every_case
+def test_08_any_strides(case: Case) -> None:
+    given = case.inputs()
+    out, grads = case.gradients(given)
+    for name in layouts(given[0].detach()):
+        moved = [layouts(t.detach()).get(name, t.detach()).requires_grad_() for t in given]
+        for some in (
+            [True] * len(given),
+            [i == 0 for i in range(len(given))],
+        ):  # all moved, and one layout beside another
+            mixed = [m if take else t for m, t, take in zip(moved, given, some, strict=True)]
+            moved_out, moved_grads = case.gradients(mixed)
+            assert moved_out.is_contiguous()
+            torch.testing.assert_close(moved_out, out)
+            for mine, eager, t in zip(moved_grads, grads, mixed, strict=True):
+                torch.testing.assert_close(mine, eager)
+                if case.backend != "reference":  # eager torch lets its own operators choose
+                    assert mine.stride() == torch.empty_like(t).stride(), name
+
+
+@every_case
+def test_08_expanded(case: Case) -> None:
+    """Overlapping memory (a stride of 0) reads as the values it stands for; its gradient is contiguous."""
+    rows = [t.detach()[..., :1].expand(t.shape).requires_grad_() for t in case.inputs()]
+    copies = [t.detach().clone(memory_format=torch.contiguous_format).requires_grad_() for t in rows]
+    out, grads = case.gradients(rows)
+    copied_out, copied_grads = case.gradients(copies)
+    torch.testing.assert_close(out, copied_out)
+    for mine, copied in zip(grads, copied_grads, strict=True):
+        torch.testing.assert_close(mine, copied)
+        assert case.backend == "reference" or mine.is_contiguous()
+
+
+def test_09_samples_hold_the_awkward_sizes() -> None:
+    """Every op is tested above with size 1, odd and prime sizes; those with sums over the batch also with an empty one."""
+    for spec in kdops.dispatch.SPECS.values():
+        sizes = {n for sample in spec.samples for shape in sample.shapes for n in shape}
+        assert {n for n in sizes if n % 2}, spec.name
+        assert any(n > 10 and all(n % d for d in range(2, n)) for n in sizes) or spec.name == "contrastive_ratio"
+
+
+# 11 --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", KERNELS, ids=str)  # eager torch makes no such promise
+def test_11_same_bits_for_any_number_of_threads(case: Case) -> None:
+    threads = torch.get_num_threads()
+    try:
+        runs = []
+        for n in (1, 2, 3, 2):
+            torch.set_num_threads(n)
+            out, grads = case.gradients(case.inputs())
+            runs.append((out, *grads))
+    finally:
+        torch.set_num_threads(threads)
+    for other in runs[1:]:
+        for mine, first in zip(other, runs[0], strict=True):
+            assert torch.equal(mine, first)
+
+
+# 12, 13 ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_KERNELS, ids=str)
+def test_12_no_host_synchronisation(case: Case) -> None:
+    given = case.inputs()
+    case.gradients(given)  # compiles, which may synchronise
+    upstream = case.upstream(case.call(*given))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(case.call(*given), given, upstream)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_KERNELS, ids=str)
+def test_13_cuda_graph(case: Case) -> None:
+    given = case.inputs()
+    out, grads = case.gradients(given)
+    upstream = case.upstream(out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = case.call(*given)
+        captured_grads = torch.autograd.grad(captured, given, upstream)
+    graph.replay()
+    for mine, eager in zip((captured, *captured_grads), (out, *grads), strict=True):
+        assert torch.equal(mine, eager)
+
+
+# 14 --------------------------------------------------------------------------------------------------------------------
+
+EXTREMES = {
+    "tiny": lambda t: t * 1e-30,
+    "huge": lambda t: t * 1e30,
+    "constant": lambda t: torch.full_like(t, 3.0),
+    "nan": lambda t: t.index_fill(-1, torch.tensor([0], device=t.device), float("nan")),
+    "inf": lambda t: t.index_fill(-1, torch.tensor([0], device=t.device), float("inf")),
+}
+
+
+@every_case
+@pytest.mark.parametrize("extreme", EXTREMES)
+def test_14_extreme_values_behave_as_in_the_reference(case: Case, extreme: str) -> None:
+    given = [EXTREMES[extreme](t).detach().requires_grad_() for t in case.inputs()]
+    out, grads = case.gradients(given)
+    eager_out, eager_grads = case.gradients(given, backend="reference")
+    for mine, eager in zip((out, *grads), (eager_out, *eager_grads), strict=True):
+        torch.testing.assert_close(mine, eager, equal_nan=True, rtol=1e-4, atol=1e-30)
+
+
+# 15 --------------------------------------------------------------------------------------------------------------------
+
+
+@first_sample
+def test_15_bad_input_is_said(case: Case) -> None:
+    given = case.inputs()
+    with pytest.raises(TypeError, match="floating point"):
+        case.call(given[0].detach().int(), *given[1:])
+    with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
+        case.call(given[0].tolist(), *given[1:])  # type: ignore[arg-type]  # the wrong type is the test
+    with pytest.raises(TypeError, match="one dtype"):
+        case.call(given[0].double(), *given[1:])
+    with pytest.raises(ValueError, match="one device"):
+        case.call(given[0].to("meta"), *given[1:])
+    with pytest.raises(ValueError, match="but they must be"):
+        case.call(given[0][..., :-1], *given[1:])
+    with pytest.raises(ValueError, match="no such backend"):
+        case.call(*given, backend="gpu")
