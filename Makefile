@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 KERNELS := $(wildcard csrc/*.cpp csrc/*.cu csrc/*/*.h)
 DEMO   := runs/demo
 
-.PHONY: demo test test-all lint bench docs clean
+.PHONY: demo test test-all lint contract bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kdtrain compare --recipe demo --methods scratch,facd --out $(DEMO)
@@ -21,6 +21,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+contract: $(VENV)/.installed
+	$(BIN)/python -m tests.contract_table
 
 bench: $(VENV)/.installed
 	$(BIN)/pytest benchmarks --benchmark-only

@@ -150,7 +150,9 @@ def _distance_samples(own: bool) -> tuple[Sample, ...]:
 
 
 _RATIO_SAMPLES = (
-    Sample("shared", ((3, 4, 5, 5), (3, 4, 5, 5), (5, 4, 5, 5))),
+    Sample("shared", ((3, 4, 5, 13), (3, 4, 5, 13), (5, 4, 5, 13))),
+    Sample("one of each", ((1, 1), (1, 1), (1, 1)), {"eps": 1e-3}),
+    Sample("empty batch", ((0, 3, 2), (0, 3, 2), (4, 3, 2)), {"reduction": "sum"}),
     Sample("own p=2", ((2, 3, 7), (2, 3, 7), (2, 4, 3, 7)), {"p": 2, "reduction": "none"}),
     Sample(
         "masked, one row without negatives",
