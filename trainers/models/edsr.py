@@ -41,8 +41,8 @@ class EDSROptions(NetworkOptions):
 class MeanShift(nn.Module):
     """image * gain + bias, a bias per colour.
 
-    `weight` is the identity that published checkpoints hold beside the bias. It is not used: a convolution would do this
-    sum in the autocast dtype and lose bits of the image.
+    `weight` is the identity that published checkpoints hold beside the bias. It is not used: a convolution would do
+    this sum in the autocast dtype and lose bits of the image.
     """
 
     weight: Tensor
