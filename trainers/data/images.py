@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from trainers.errors import InputError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError)  # what Pillow raises for files that are no images
 
 
 def read_image(path: Path) -> Tensor:
@@ -26,9 +27,21 @@ def read_image(path: Path) -> Tensor:
             rgb = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+    except DAMAGED as error:
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
     return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of the image as `read_image` gives it, from the file's header only."""
+    try:
+        with Image.open(path) as image:
+            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return (image.width, image.height) if sideways else (image.height, image.width)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except DAMAGED as error:
+        raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
 
 
 def refuse_lossy(path: Path, image: Image.Image) -> None:

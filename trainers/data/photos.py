@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
+from trainers.data.folders import PairFiles
 from trainers.data.images import read_image
 from trainers.errors import InputError
 
@@ -47,3 +49,11 @@ def photo_path(name: str) -> Path:
 def load_photo(name: str) -> Tensor:
     """The photograph as uint8 (3, H, W); grey ones with three equal channels."""
     return read_image(photo_path(name))
+
+
+def match_photos(names: Sequence[str]) -> tuple[list[PairFiles], list[str]]:
+    """The photographs as ground truths whose inputs are made by downscaling, and what is wrong."""
+    try:
+        return [PairFiles(name, photo_path(name), None) for name in names], []
+    except InputError as error:
+        return [], error.problems

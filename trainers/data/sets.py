@@ -1,0 +1,171 @@
+"""Training samples as a pure function of (seed, step, index), and validation pairs."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from trainers.data.folders import LeastSide, PairFiles, image_problems, match_folders, too_small
+from trainers.data.images import image_size, to_float
+from trainers.data.pairs import Pairs
+from trainers.data.photos import HELD_OUT_PHOTOS, TRAIN_PHOTOS, match_photos
+from trainers.errors import InputError
+
+if TYPE_CHECKING:  # the config imports the networks; the data needs only its types
+    from trainers.config import Data, TrainFolders, ValSet
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class TrainSet:
+    """Random patches of the training images.
+
+    The samples of a run are numbered: number = step * batch + index. Consecutive numbers walk through epochs; an epoch is
+    a shuffled list, without replacement, in which each image stands once per patch area that it has (rounded, at least
+    once), so that every part of every photograph is equally likely. Position in the image and one of the eight flips and
+    rotations are drawn for each sample. All of it is computed from (seed, step, index) alone: any rank or worker, in any
+    order, before or after a resume, makes the same sample.
+    """
+
+    def __init__(self, files: Sequence[PairFiles], scale: int, patch: int, batch: int) -> None:
+        """`patch` is the side of the ground-truth patch in pixels; InputError for images smaller than that."""
+        if patch % scale:
+            raise InputError(f"data.patch: {patch} is not a multiple of the scale {scale}")
+        sizes = [image_size(pair.gt) for pair in files]
+        least = least_for_training(patch)
+        problems = [text for pair, size in zip(files, sizes, strict=True) for text in too_small(pair.gt, size, least)]
+        if problems:
+            raise InputError(problems)
+        self.pairs = Pairs(files, scale)
+        self.scale = scale
+        self.patch = patch
+        self.batch = batch
+        patches = [max(1, round(height * width / patch**2)) for height, width in sizes]
+        self._epoch = np.repeat(np.arange(len(files)), patches)
+
+    def sample(self, seed: int, step: int, index: int) -> tuple[Tensor, Tensor]:
+        """Sample `index` of the effective batch of `step`: lq (3, patch / scale, patch / scale), gt (3, patch, patch)."""
+        lq, gt = self.samples(seed, step, [index])
+        return lq[0], gt[0]
+
+    def samples(self, seed: int, step: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Several samples of a step: lq (n, 3, patch / scale, patch / scale), gt (n, 3, patch, patch), float32 in [0, 1]."""
+        patches = [self._cut(seed, step, index) for index in indices]
+        lq, gt = (torch.from_numpy(np.stack(images)) for images in zip(*patches, strict=True))
+        return to_float(lq), to_float(gt)
+
+    def _cut(self, seed: int, step: int, index: int) -> tuple[Pixels, Pixels]:
+        """Views into the whole images: the patch of the input, and the same place of the ground truth."""
+        epoch, place = divmod(step * self.batch + index, len(self._epoch))
+        image = self._epoch[shuffled(seed, epoch, len(self._epoch))[place]]
+        lq, gt = (pixels.numpy() for pixels in self.pairs[int(image)])
+        down, right, symmetry = random_words("sample", seed, step, index)
+        side = self.patch // self.scale
+        top, left = down % (lq.shape[1] - side + 1), right % (lq.shape[2] - side + 1)
+        return cut(lq, top, left, side, symmetry), cut(gt, top * self.scale, left * self.scale, self.patch, symmetry)
+
+
+def cut(image: Pixels, top: int, left: int, side: int, symmetry: int) -> Pixels:
+    """A square (3, side, side) of the image, in one of the eight orientations of a square."""
+    square = image[:, top : top + side, left : left + side]
+    if symmetry & 1:
+        square = square[:, ::-1]
+    if symmetry & 2:
+        square = square[:, :, ::-1]
+    return square.transpose(0, 2, 1) if symmetry & 4 else square
+
+
+def random_words(purpose: str, *key: int) -> tuple[int, int, int]:
+    """Three independent, uniform 64-bit numbers that depend on nothing but the purpose and the key."""
+    digest = hashlib.blake2b(f"{purpose} {key}".encode(), digest_size=24).digest()
+    first, second, third = struct.unpack("<3Q", digest)
+    return first, second, third
+
+
+@lru_cache(maxsize=4)
+def shuffled(seed: int, epoch: int, length: int) -> npt.NDArray[np.int64]:
+    """The permutation of an epoch."""
+    return np.random.Generator(np.random.PCG64(random_words("epoch", seed, epoch)[0])).permutation(length)
+
+
+class ValPair(NamedTuple):
+    """One image of a validation set."""
+
+    name: str
+    lq: Tensor
+    """(3, h, w), float32 in [0, 1]."""
+    gt: Tensor
+    """(3, scale * h, scale * w), float32 in [0, 1]."""
+
+
+class ValPairs:
+    """The pairs of a validation set, read when asked for."""
+
+    def __init__(self, files: Sequence[PairFiles], scale: int) -> None:
+        self.pairs = Pairs(files, scale)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> ValPair:
+        lq, gt = self.pairs[index]
+        return ValPair(self.pairs.files[index].name, to_float(lq), to_float(gt))
+
+    def __iter__(self) -> Iterator[ValPair]:
+        return (self[index] for index in range(len(self)))
+
+
+def open_train_set(data: Data, scale: int, patch: int) -> TrainSet:
+    """The images of `data.train` in patches of `patch` pixels; InputError for unpaired files and images that are too small."""
+    return TrainSet(complete(*train_files(data)), scale, patch, data.batch)
+
+
+def open_val_set(entry: ValSet, scale: int) -> ValPairs:
+    """The pairs of a validation set; InputError for unpaired files."""
+    return ValPairs(complete(*val_files(entry)), scale)
+
+
+def train_problems(data: Data, scale: int, patch: int) -> list[str]:
+    """Everything wrong with the training images; reads them all."""
+    pairs, problems = train_files(data)
+    return problems + image_problems(pairs, scale, least_for_training(patch))
+
+
+def val_problems(entry: ValSet, scale: int) -> list[str]:
+    """Everything wrong with the images of a validation set; reads them all."""
+    pairs, problems = val_files(entry)
+    least = LeastSide(11 + 2 * scale, "the window of SSIM plus the border that is left out; remove it")
+    return problems + image_problems(pairs, scale, least)
+
+
+def train_files(data: Data) -> tuple[list[PairFiles], list[str]]:
+    if isinstance(data.train, str):
+        return match_photos(TRAIN_PHOTOS)
+    return match_folders(*folders(data.train))
+
+
+def val_files(entry: ValSet) -> tuple[list[PairFiles], list[str]]:
+    return match_photos(HELD_OUT_PHOTOS) if entry.gt == "photos" else match_folders(*folders(entry))
+
+
+def folders(images: TrainFolders | ValSet) -> tuple[Path, Path | None, str]:
+    return Path(images.gt), None if images.lq is None else Path(images.lq), images.lq_template
+
+
+def complete(pairs: list[PairFiles], problems: list[str]) -> list[PairFiles]:
+    if problems:
+        raise InputError(problems)
+    return pairs
+
+
+def least_for_training(patch: int) -> LeastSide:
+    return LeastSide(patch, "the patch; remove it, or choose a smaller data.patch")
