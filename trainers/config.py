@@ -177,7 +177,9 @@ class Config(Section):
             return given
         scale = given.get("scale", 2)
         networks = {
-            role: {"scale": scale, **given[role]} for role in ("teacher", "student") if isinstance(given.get(role), dict)
+            role: {"scale": scale, **given[role]}
+            for role in ("teacher", "student")
+            if isinstance(given.get(role), dict)
         }
         return given | networks
 
@@ -192,10 +194,15 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
         found.append(("teacher", "a teacher needs trained weights: give teacher.weights"))
     if data.batch < method.smallest_batch:
         found.append(
-            ("data.batch", f"method {method.name} contrasts patches of a batch: {data.batch} is below {method.smallest_batch}")
+            (
+                "data.batch",
+                f"method {method.name} contrasts patches of a batch: {data.batch} is below {method.smallest_batch}",
+            )
         )
     if data.batch % train.accumulate:
-        found.append(("train.accumulate", f"{train.accumulate} does not divide the batch of {data.batch}: choose a divisor"))
+        found.append(
+            ("train.accumulate", f"{train.accumulate} does not divide the batch of {data.batch}: choose a divisor")
+        )
     for role, network in (("teacher", config.teacher), ("student", config.student)):
         if network is None:
             continue
@@ -203,7 +210,9 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
             found.append((f"{role}.scale", f"{network.scale}, but the run's scale is {config.scale}: leave it out"))
         unit = config.scale * entry(network).multiple_of(options(network))
         if data.patch % unit:
-            found.append(("data.patch", f"{data.patch} is not a multiple of {unit}, as the {role} at scale {config.scale} needs"))
+            found.append(
+                ("data.patch", f"{data.patch} is not a multiple of {unit}, as the {role} at scale {config.scale} needs")
+            )
     names = [entry.name for entry in data.val]
     found += [("data.val", f"two sets are called {name}") for name in sorted({n for n in names if names.count(n) > 1})]
     if isinstance(method.weights.pixel, Share):

@@ -115,7 +115,9 @@ class Source:
             except (OmegaConfBaseException, yaml.YAMLError, TypeError, ValueError) as error:
                 reading.problems.append(f"--set {text}: {str(error).splitlines()[0]}")
                 continue
-            key = tuple(int(part) if part.isdigit() else part for part in dotted.replace("[", ".").replace("]", "").split("."))
+            key = tuple(
+                int(part) if part.isdigit() else part for part in dotted.replace("[", ".").replace("]", "").split(".")
+            )
             self.overridden[key] = f"--set {text}"
         try:
             tree: dict[str, Any] = OmegaConf.to_container(self.loaded, resolve=True)  # type: ignore[assignment]  # checked above
@@ -153,7 +155,10 @@ class Source:
             return (*key, context["discriminator"].strip("'")), "is missing"
         if kind == "union_tag_invalid":
             known = context["expected_tags"].replace("'", "").split(", ")
-            return (*key, context["discriminator"].strip("'")), f"there is no {context['tag']}; {_near(context['tag'], known)}"
+            return (
+                *key,
+                context["discriminator"].strip("'"),
+            ), f"there is no {context['tag']}; {_near(context['tag'], known)}"
         return key, f"{detail['msg']}, but is {detail['input']!r}"
 
     def say(self, key: Key, message: str) -> str:
@@ -235,4 +240,8 @@ def _names(annotation: Any, location: Sequence[str | int]) -> list[str]:
 def _has_tag(member: Any, tag: str) -> bool:
     if get_origin(member) is Annotated:
         return any(isinstance(extra, Tag) and extra.tag == tag for extra in get_args(member)[1:])
-    return any(tag in get_args(member.model_fields[name].annotation) for name in ("name", "arch") if name in member.model_fields)
+    return any(
+        tag in get_args(member.model_fields[name].annotation)
+        for name in ("name", "arch")
+        if name in member.model_fields
+    )

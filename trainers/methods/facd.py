@@ -83,7 +83,9 @@ class FACD(Method):
         restored, student_taps = student(batch.lq)
         teacher_outputs, teacher_taps = batch.shared["teacher"]  # of the whole effective batch
         imitated = teacher_outputs[batch.rows]
-        others = ~torch.eye(len(teacher_outputs), dtype=torch.bool, device=restored.device)[batch.rows]  # (m, B): k != i
+        others = ~torch.eye(len(teacher_outputs), dtype=torch.bool, device=restored.device)[
+            batch.rows
+        ]  # (m, B): k != i
         contrast = torch.stack(
             [
                 self.contrast(student_taps[name], features[batch.rows], features, others)
@@ -101,9 +103,7 @@ class FACD(Method):
     def contrast(self, anchor: Tensor, positive: Tensor, pool: Tensor, others: Tensor) -> Tensor:
         """The loss of one tap, per sample: anchor and positive (m, C, h, w), pool (B, C, h, w), others (m, B) -> (m,)."""
         if self.form == "ratio":
-            return kdops.contrastive_ratio(
-                anchor, positive, pool, p=self.p, eps=EPS, mask=others, reduction="none"
-            )
+            return kdops.contrastive_ratio(anchor, positive, pool, p=self.p, eps=EPS, mask=others, reduction="none")
         # InfoNCE is a cross-entropy over all B patches of -d/t, whose right answer is the patch itself.
         distances = kdops.pairwise_distance(anchor, pool, p=self.p)  # (m, B)
         itself = (~others).long().argmax(dim=1)

@@ -1,0 +1,76 @@
+"""Everything wrong with a config and what it names, found before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from trainers import networks
+from trainers.config import Config, Network
+from trainers.config_file import read_config
+from trainers.errors import InputError
+from trainers.taps import Adapters, Tapped, tap_problems
+
+
+def check(path: Path, overrides: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """(problems, notes): keys and values, images, weights and taps, all at once. Reads every image."""
+    from trainers.data.sets import train_problems, val_problems
+
+    reading = read_config(path, overrides)
+    problems = list(reading.problems)
+    config = reading.config
+    if config is not None:
+        problems += [f"data.train: {text}" for text in train_problems(config.data, config.scale, config.data.patch)]
+        for entry in config.data.val:
+            problems += [f"data.val {entry.name}: {text}" for text in val_problems(entry, config.scale)]
+        problems += network_problems(config)
+    return list(dict.fromkeys(problems)), reading.notes
+
+
+def checked_config(path: Path, overrides: Sequence[str], say: Callable[[str], None]) -> Config:
+    """The config of a new run; what can be checked without reading every image is.
+
+    Raises:
+        InputError: with every problem.
+    """
+    reading = read_config(path, overrides)
+    for note in reading.notes:
+        say(f"note: {note}")
+    problems = reading.problems + (network_problems(reading.config) if reading.config else [])
+    if problems or reading.config is None:
+        raise InputError(problems)
+    return reading.config
+
+
+def network_problems(config: Config) -> list[str]:
+    """Weights that do not load, taps that name no module, and taps whose sizes disagree."""
+    roles: dict[str, Network] = {"student": config.student}
+    if config.teacher is not None:
+        roles["teacher"] = config.teacher
+    problems, tapped = [], {}
+    for role, network in roles.items():
+        try:
+            built = networks.build_network(network, role)
+        except InputError as error:
+            problems += error.problems
+            built = networks.build_network(network.model_copy(update={"weights": None}), role)
+        paths = networks.tap_paths(network)
+        wrong = tap_problems(built, paths)
+        problems += [f"{role}.taps: {text}" for text in wrong]
+        if not wrong:
+            tapped[role] = Tapped(built, paths)
+    if len(tapped) == 2 and not problems:
+        problems += [f"taps: {text}" for text in _tap_size_problems(tapped, config.data.patch // config.scale)]
+    return problems
+
+
+@torch.no_grad()
+def _tap_size_problems(tapped: dict[str, Tapped], side: int) -> list[str]:
+    image = torch.zeros(1, 3, side, side)
+    try:
+        Adapters(tapped["student"](image)[1], tapped["teacher"](image)[1])
+    except InputError as error:
+        return error.problems
+    return []

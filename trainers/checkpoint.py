@@ -1,0 +1,150 @@
+"""Checkpoints: directories that are complete or not there at all.
+
+    checkpoints/step-000500/{student,ema}.safetensors, state.pt
+    checkpoints/last, checkpoints/best      text files with a directory's name
+
+A save writes step-N.tmp, syncs it to the disk, renames it, then replaces the pointer `last` by a rename. A kill or a full
+disk at any moment leaves the previous checkpoint and its pointer as they were.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from trainers.errors import InputError
+
+Weights = Mapping[str, Tensor]
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; the previous one is intact."""
+
+
+class Checkpoints:
+    """The folder of checkpoints of one run.
+
+    Args:
+        folder: <run>/checkpoints.
+        keep: newest ones to keep; the one that `best` points to stays besides.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, step: int, weights: Mapping[str, Weights], state: Mapping[str, Any], *, best: bool) -> Path:
+        """Writes one checkpoint; when it returns, `last` (and `best`) point to it and it is on the disk.
+
+        Args:
+            weights: file name without extension -> state dict, written as safetensors.
+            state: tensors and plain Python types, readable by torch.load(weights_only=True).
+
+        Raises:
+            SaveFailed: the disk is full or gone. Nothing of this checkpoint stays.
+        """
+        final = self.folder / f"step-{step:06d}"
+        unfinished = final.with_suffix(".tmp")
+        try:
+            self._sweep()
+            if self.last() != final:
+                if final.is_dir():  # complete, but no pointer reached it before a kill
+                    final.rename(final.with_suffix(".old"))
+                unfinished.mkdir(parents=True)
+                for name, tensors in weights.items():
+                    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+                    write_synced(unfinished / f"{name}.safetensors", safetensors.torch.save(contiguous))
+                with (unfinished / "state.pt").open("wb") as file:
+                    torch.save(dict(state), file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                sync_folder(unfinished)
+                unfinished.rename(final)
+                sync_folder(self.folder)
+            for pointer in ["best", "last"] if best else ["last"]:
+                replace_file(self.folder / pointer, f"{final.name}\n".encode())
+        except (OSError, RuntimeError) as error:  # torch.save reports a short write as RuntimeError
+            shutil.rmtree(unfinished, ignore_errors=True)
+            previous = self.last()
+            kept = f"the checkpoint of {previous.name} is intact" if previous else "there is no earlier checkpoint"
+            raise SaveFailed(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {error}. {kept}: "
+                f"free some space, then kdtrain resume {self.folder.parent}"
+            ) from error
+        self._forget_old()
+        return final
+
+    def last(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return self._target("last") or max(self._complete(), default=None)
+
+    def best(self) -> Path | None:
+        """The checkpoint with the best validation result."""
+        return self._target("best")
+
+    def _target(self, pointer: str) -> Path | None:
+        try:
+            target = self.folder / (self.folder / pointer).read_text().strip()
+        except OSError:
+            return None
+        return target if target in self._complete() else None
+
+    def _complete(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if not path.suffix and (path / "state.pt").is_file())
+
+    def _forget_old(self) -> None:
+        spared = {self.last(), self.best()}
+        for path in self._complete()[: -self.keep]:
+            if path not in spared:
+                # Renamed first: what still has its name is complete even when the deletion is cut short.
+                path.rename(path.with_suffix(".old"))
+        self._sweep()
+
+    def _sweep(self) -> None:
+        for path in [*self.folder.glob("step-*.tmp"), *self.folder.glob("step-*.old")]:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(file name without extension -> state dict, state) of a checkpoint directory, on the CPU.
+
+    Raises:
+        InputError: the directory holds no readable checkpoint.
+    """
+    try:
+        weights = {file.stem: safetensors.torch.load_file(file) for file in path.glob("*.safetensors")}
+        state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise many types for a broken file
+        raise InputError(f"{path}: cannot be read as a checkpoint: {error}") from None
+    return weights, state
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Gives a file new content: whoever reads it, whenever, finds the old or the new one."""
+    unfinished = path.with_name(path.name + ".tmp")
+    write_synced(unfinished, content)
+    os.replace(unfinished, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Makes renames inside a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,193 @@
+"""`kdtrain`: the commands. Everything heavy is imported when a command needs it, so that help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+EXIT_CODES = "exit codes: 0 done, 1 unexpected, 2 bad input, 3 out of memory, 4 diverged, 130 interrupted (state saved)"
+OUT_OF_MEMORY_ADVICE = (
+    "out of memory: raise train.accumulate (2, 4, ...: smaller micro-batches, the same batch and the same result), "
+    "then lower data.patch, or use train.precision=bf16; kdtrain resume RUN --set train.accumulate=2 goes on from the last checkpoint"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; what went wrong is one message on stderr."""
+    options = parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        known = exit_code(error)
+        if known is None:
+            raise  # a bug of ours: the traceback is what we need, and Python exits with 1
+        code, message = known
+        print(message, file=sys.stderr)
+        return code
+
+
+def exit_code(error: Exception) -> tuple[int, str] | None:
+    """(exit code, message) of a failure that is no bug."""
+    from trainers.checkpoint import SaveFailed
+    from trainers.errors import Diverged, InputError
+    from trainers.signals import Interrupted
+
+    if isinstance(error, InputError):
+        return 2, "\n".join(error.problems)
+    if isinstance(error, Diverged):
+        return 4, str(error)
+    if isinstance(error, Interrupted):
+        return 130, str(error)
+    if isinstance(error, SaveFailed):
+        return 1, str(error)
+    if out_of_memory(error):
+        return 3, f"{OUT_OF_MEMORY_ADVICE}\n({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return None
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: on a GPU torch has a type for it, on a CPU only a text."""
+    import torch
+
+    texts = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="kdtrain", description="Knowledge distillation for image restoration.", epilog=EXIT_CODES
+    )
+    commands = top.add_subparsers(metavar="command", required=True)
+
+    init = _command(commands, "init", "write a commented config", _init)
+    init.add_argument("path", nargs="?", type=Path, default=Path("run.yaml"), help="file to write (default: run.yaml)")
+    init.add_argument("--method", default="facd", help="distillation method (default: facd)")
+    init.add_argument("--task", default="sr", choices=["sr"], help="task (default: sr)")
+    init.add_argument("--schema", action="store_true", help="print the JSON schema of configs, for editors, and stop")
+
+    check = _command(commands, "check", "find every problem of a config and its data", _check)
+    _config_arguments(check)
+
+    train = _command(commands, "train", "train a student and write its report", _train)
+    _config_arguments(train)
+
+    resume = _command(commands, "resume", "go on with a run, exactly where its last checkpoint stands", _resume)
+    resume.add_argument("run_folder", type=Path, help="the run folder")
+    _set_argument(resume)
+
+    evaluate = _command(commands, "eval", "measure a run, a checkpoint or weights on images", _eval)
+    evaluate.add_argument("source", type=Path, help="run folder, checkpoint folder, .safetensors or .pth file")
+    evaluate.add_argument(
+        "--data", action="append", metavar="NAME=FOLDER", help="images to measure on, or photos (default: photos)"
+    )
+    evaluate.add_argument("--lq", type=Path, help="folder of degraded inputs (default: bicubic downscaling)")
+    evaluate.add_argument("--protocol", default="sr-y", help="how to measure (default: sr-y)")
+    evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+    compare = _command(commands, "compare", "put finished runs side by side in one report", _compare)
+    compare.add_argument("run_folders", type=Path, nargs="+", help="run folders")
+    compare.add_argument("-o", "--out", type=Path, default=Path("runs/comparison"), help="folder of the comparison")
+
+    _command(commands, "doctor", "show what this machine has and which backends run", _doctor)
+    return top
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    summary: str,
+    run: Callable[[argparse.Namespace], int],
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=EXIT_CODES
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _config_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", type=Path, help="the YAML file")
+    _set_argument(command)
+
+
+def _set_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, e.g. --set train.lr=3e-4; may be repeated; relative paths are relative to the YAML file",
+    )
+
+
+def _init(options: argparse.Namespace) -> int:
+    from trainers.starter import schema, write_starter
+
+    if options.schema:
+        print(schema())
+        return 0
+    write_starter(options.path, options.task, options.method)
+    print(f"wrote {options.path}; next: kdtrain check {options.path}")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from trainers.check import check
+
+    problems, notes = check(options.config, options.set)
+    for note in notes:
+        print(f"note: {note}")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        print(f"{len(problems)} problem{'s' if len(problems) > 1 else ''}", file=sys.stderr)
+        return 2
+    print(f"{options.config}: no problems")
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from trainers.check import checked_config
+    from trainers.launch import train
+
+    folder = train(checked_config(options.config, options.set, say=print))
+    print(f"done: {folder / 'report.html'}")
+    return 0
+
+
+def _resume(options: argparse.Namespace) -> int:
+    from trainers.launch import resume
+
+    folder = resume(options.run_folder, options.set)
+    print(f"done: {folder / 'report.html'}")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from trainers.measure import measure, print_measured
+
+    measured = measure(options.source, options.data or ["photos"], options.lq, options.protocol)
+    print_measured(measured, as_json=options.json)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from trainers.compare import compare
+
+    print(f"done: {compare(options.run_folders, options.out)}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from trainers.doctor import report
+
+    print(report())
+    return 0

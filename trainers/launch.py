@@ -1,0 +1,147 @@
+"""Starts or resumes a training run: builds everything the loop needs, runs it, and writes the results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from rich.console import Console
+from torch import nn
+
+from trainers import methods, networks
+from trainers.config import Config, Train
+from trainers.config_file import load_config
+from trainers.data.sets import TrainSet, open_train_set
+from trainers.errors import InputError
+from trainers.loop import Loop
+from trainers.progress import TrainingProgress
+from trainers.randomness import seed_everything
+from trainers.run_folder import RunFolder
+from trainers.step import TrainStep
+from trainers.taps import Adapters, Tapped
+from trainers.validation import Validation, write_results
+
+Made = TypeVar("Made")
+
+
+def train(config: Config, console: Console | None = None) -> Path:
+    """Trains a new run and writes its report; returns its folder.
+
+    Raises:
+        InputError, Diverged, Interrupted, SaveFailed: see their docstrings.
+    """
+    return _run(config, lambda: RunFolder.create(config), console, resuming=False)
+
+
+def resume(path: Path, overrides: Sequence[str] = (), console: Console | None = None) -> Path:
+    """Goes on with the run in a folder, from its last checkpoint; exactly as if it had never stopped.
+
+    Raises:
+        InputError, Diverged, Interrupted, SaveFailed: see their docstrings.
+    """
+    config = load_config(path / "config.yaml", overrides)
+    return _run(config, lambda: RunFolder.open(path), console, resuming=True)
+
+
+def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console | None, *, resuming: bool) -> Path:
+    fabric = make_fabric(config.train)
+    fabric.launch()
+    share = fabric.world_size * config.train.accumulate
+    if config.data.batch % share:
+        raise InputError(
+            f"data.batch: {config.data.batch} does not divide into {fabric.world_size} devices x "
+            f"{config.train.accumulate} micro-batches: make it a multiple of {share}"
+        )
+    folder = _on_first_rank(fabric, open_folder)
+    try:
+        loop = build_loop(fabric, config, folder, resuming=resuming)
+        shown = TrainingProgress(
+            console or Console(stderr=True), loop.position.step, config.train.steps, shown=fabric.is_global_zero
+        )
+        with shown as progress:
+            loop.run(progress)
+        if fabric.is_global_zero:
+            position = loop.position
+            write_results(loop.validation, loop.result, folder, seconds=position.seconds, best=position.best)
+        fabric.barrier()
+    finally:
+        folder.close()
+    return folder.path
+
+
+def make_fabric(train: Train) -> Fabric:
+    """Fabric for the config's devices and precision; it starts the other processes by itself."""
+    several = train.devices not in ("auto", 1)
+    return Fabric(
+        accelerator=train.accelerator,
+        devices=train.devices,
+        strategy="ddp" if several else "auto",
+        precision="bf16-mixed" if train.precision == "bf16" else "32-true",
+    )
+
+
+def build_loop(fabric: Fabric, config: Config, folder: RunFolder, *, resuming: bool) -> Loop:
+    """Networks, data, optimiser and the loop over them, at the start or at the last checkpoint."""
+    seed_everything(config.train.seed)
+    # The student comes first: methods to be compared start from the same weights.
+    student = networks.build_network(config.student, "student")
+    train_set = open_train_set(config.data, config.scale, config.data.patch)
+    train_step = build_step(config, student, train_set, fabric.device, calibrate=not resuming)
+    optimizer = make_optimizer(config.train, train_step)
+    model, wrapped_optimizer = fabric.setup(train_step, optimizer)
+    validation = Validation(config, fabric.device)
+    loop = Loop(fabric, config, train_step, model, wrapped_optimizer, train_set, validation, folder)
+    if resuming:
+        loop.restore()
+    return loop
+
+
+def build_step(
+    config: Config, student: nn.Module, train_set: TrainSet, device: torch.device, *, calibrate: bool
+) -> TrainStep:
+    """The TrainStep of a config, on the device; its adapters calibrated on the batch of step 0 if asked."""
+    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
+    method = methods.build(config.method)
+    needs = method.requirements()
+    student = student.to(device, memory_format=layout)
+    tapped = Tapped(student, networks.tap_paths(config.student) if needs.taps else {})
+    teachers = {}
+    for name in needs.teachers:
+        assert config.teacher is not None  # config.contradictions saw to it
+        teacher = networks.build_network(config.teacher, name).eval().requires_grad_(False)
+        paths = networks.tap_paths(config.teacher) if needs.taps else {}
+        teachers[name] = Tapped(teacher.to(device, memory_format=layout), paths)
+    adapters = None
+    if needs.taps:
+        (teacher_taps,) = teachers.values()
+        first = train_set.sample(config.train.seed, 0, 0)[0][None].to(device)
+        with torch.no_grad():
+            adapters = Adapters(tapped(first)[1], teacher_taps(first)[1])
+        adapters = adapters.to(device, memory_format=layout)
+        if calibrate:
+            batch = range(config.data.batch)
+            samples = (train_set.sample(config.train.seed, 0, i)[0][None].to(device) for i in batch)
+            adapters.calibrate(tapped, teacher_taps, samples)
+    return TrainStep(tapped, method, adapters, teachers).train()
+
+
+def make_optimizer(train: Train, train_step: TrainStep) -> torch.optim.Optimizer:
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
+    return kind(train_step.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
+
+
+def _on_first_rank(fabric: Fabric, open_folder: Callable[[], RunFolder]) -> RunFolder:
+    """The run folder, opened by the first rank; where that fails, all ranks fail together."""
+    folder, problems = None, None
+    if fabric.is_global_zero:
+        try:
+            folder = open_folder()
+        except InputError as error:
+            problems = error.problems
+    path, problems = fabric.broadcast((folder.path if folder else None, problems))
+    if problems:
+        raise InputError(problems)
+    return folder or RunFolder(path)

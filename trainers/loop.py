@@ -1,0 +1,348 @@
+"""The training loop: steps, losses, shares, validation, checkpoints, and how it stops."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainers.checkpoint import read_checkpoint
+from trainers.config import Config
+from trainers.data.loader import batches
+from trainers.data.sets import TrainSet
+from trainers.ema import EMA
+from trainers.errors import Diverged, InputError
+from trainers.methods import Batch
+from trainers.progress import TrainingProgress
+from trainers.randomness import random_state, restore_random_state
+from trainers.run_folder import RunFolder
+from trainers.schedule import learning_rate
+from trainers.signals import Interrupted, StopRequest
+from trainers.step import TrainStep
+from trainers.validation import Validation
+from trainers.weights import LossWeights, gradient_norms, weighted_sum
+
+STEPS_BETWEEN_AGREEMENTS = 10  # on several devices, how often all ask each other whether one was told to stop
+
+
+@dataclass
+class Position:
+    """Where a run stands."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    seconds: float = 0.0
+    """Training time, without validation and saving."""
+    best: dict[str, float] | None = None
+    """{"step", "psnr"} of the best validation on the first set."""
+
+
+@dataclass
+class Window:
+    """What has gathered since the last line of metrics.jsonl."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    """(terms,) per step, on the device."""
+    seconds: float = 0.0
+    waited: float = 0.0
+    """Seconds spent waiting for data."""
+
+
+class Loop:
+    """Trains `model` (the TrainStep as Fabric has set it up) from `position` to the last step.
+
+    The step's batch is `data.batch` samples; each of W devices takes an equal run of its rows and splits it into
+    `train.accumulate` micro-batches. The result is the same for every split, up to rounding.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        config: Config,
+        train_step: TrainStep,
+        model: nn.Module,
+        optimizer: Optimizer,
+        train_set: TrainSet,
+        validation: Validation,
+        folder: RunFolder,
+    ) -> None:
+        self.fabric = fabric
+        self.config = config
+        self.train_step = train_step
+        self.model = model
+        self.optimizer = optimizer
+        self.train_set = train_set
+        self.validation = validation
+        self.folder = folder
+        self.checkpoints = folder.checkpoints(config.train.keep)
+        self.weights = LossWeights(config.method.weights)
+        self.ema = None if config.train.ema is None else EMA(train_step.student, config.train.ema)
+        self.position = Position()
+        self.rows = config.data.batch // fabric.world_size  # of the effective batch, on this device
+        self.first_row = fabric.global_rank * self.rows
+
+    @property
+    def result(self) -> nn.Module:
+        """The network that is validated and shipped: the average of the student's weights, or the last ones."""
+        return self.ema.network if self.ema else self.train_step.student
+
+    def run(self, progress: TrainingProgress) -> None:
+        """Trains to the last step.
+
+        Raises:
+            Diverged: a loss became NaN or infinite. Nothing is saved of such a state.
+            Interrupted: SIGINT or SIGTERM. The state is saved.
+        """
+        train, window = self.config.train, Window()
+        data = self._batches()
+        with StopRequest() as stop:
+            while self.position.step < train.steps:
+                started = time.perf_counter()
+                lq, gt = next(data)
+                window.waited += time.perf_counter() - started
+                window.losses.append(self._step(lq, gt))
+                self.position.step += 1
+                if self.fabric.device.type == "cpu" and self.fabric.world_size == 1:
+                    self._check_finite(window.losses[-1:])  # costs nothing here; elsewhere it would wait for the device
+                elapsed = time.perf_counter() - started
+                self.position.seconds += elapsed
+                window.seconds += elapsed
+                progress.advance(self.position.step)
+                stopping = self._agree(stop.requested)
+                window = self._after_step(window, progress, stopping)
+                if stopping:
+                    raise Interrupted(self.position.step)
+
+    def _after_step(self, window: Window, progress: TrainingProgress, stopping: bool) -> Window:
+        """Log, validate and save, each when it is due."""
+        step, train = self.position.step, self.config.train
+        last = step == train.steps
+        validating = last or step % self.config.val.every == 0
+        saving = last or stopping or step % train.save_every == 0
+        if last or step % train.log_every == 0:
+            self._log(window, progress)
+            window = Window()
+        elif validating or saving:
+            self._check_finite(window.losses)
+        improved = validating and self._validate(progress)
+        if saving or improved:
+            self.save(best=improved)
+        return window
+
+    def _step(self, lq: Tensor, gt: Tensor) -> Tensor:
+        """One optimiser step on this device's rows; the unweighted losses (terms,), means over its samples."""
+        step, train = self.position.step, self.config.train
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(train, step)
+        parts = self._micro_batches(lq, gt)
+        if self.weights.measured_terms and step % train.share_every == 0:
+            self.weights.update(gradient_norms(self.fabric, self.train_step, parts))
+        weights, seen = self.weights.at(step), []
+        for index, batch in enumerate(parts):
+            with self.fabric.no_backward_sync(self.model, enabled=index < len(parts) - 1):
+                losses = self.model(batch)
+                self.fabric.backward(weighted_sum(losses, weights) / len(parts))
+            seen.append(torch.stack([loss.detach() for loss in losses.values()]))
+        if train.clip is not None:
+            self.fabric.clip_gradients(self.model, self.optimizer, max_norm=train.clip, error_if_nonfinite=False)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(step)
+        return seen[0] if len(seen) == 1 else torch.stack(seen).mean(dim=0)
+
+    def _micro_batches(self, lq: Tensor, gt: Tensor) -> list[Batch]:
+        if self.config.train.channels_last:
+            lq, gt = (image.contiguous(memory_format=torch.channels_last) for image in (lq, gt))
+        lq, gt = self.fabric.to_device((lq, gt))
+        size = self.rows // self.config.train.accumulate
+        shared = self._shared(lq, size) if self.train_step.method.requirements().batch_coupled else {}
+        return [
+            Batch(lq[i : i + size], gt[i : i + size], slice(self.first_row + i, self.first_row + i + size), shared)
+            for i in range(0, self.rows, size)
+        ]
+
+    def _shared(self, lq: Tensor, size: int) -> dict[str, Any]:
+        """Output and taps of each teacher for the whole effective batch: this device's rows, then everybody's."""
+        shared = {}
+        for name, teacher in self.train_step.teachers.items():
+            with self.fabric.autocast():
+                outputs, taps = zip(*(teacher(part) for part in lq.split(size)), strict=True)
+            joined = {tap: self._gather([part[tap] for part in taps]) for tap in taps[0]}
+            shared[name] = (self._gather(outputs), joined)
+        return shared
+
+    def _gather(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows of this device -> rows of all devices, in order."""
+        rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        if self.fabric.world_size == 1:
+            return rows
+        gathered = self.fabric.all_gather(rows.contiguous())
+        assert isinstance(gathered, Tensor)
+        layout = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
+        return gathered.flatten(0, 1).contiguous(memory_format=layout)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        made = batches(
+            self.train_set,
+            seed=self.config.train.seed,
+            start_step=self.position.step,
+            stop_step=self.config.train.steps,
+            rows=range(self.first_row, self.first_row + self.rows),
+            workers=self.config.data.workers,
+        )
+        return ((lq, gt) for _, lq, gt in made)
+
+    def _log(self, window: Window, progress: TrainingProgress) -> None:
+        self._check_finite(window.losses)
+        step = self.position.step
+        mean = self._everywhere(torch.stack(window.losses).mean(dim=0)).tolist()
+        losses = dict(zip(self.train_step.method.losses, mean, strict=True))
+        weights = self.weights.at(step - 1)
+        rate = len(window.losses) / window.seconds
+        progress.losses(step, losses, rate)
+        self._write(
+            {
+                "kind": "train",
+                "step": step,
+                "losses": losses,
+                "weights": weights,
+                "shares": self.weights.shares(step - 1),
+                "total": sum(weights[name] * value for name, value in losses.items()),
+                "lr": learning_rate(self.config.train, step - 1),
+                "seconds": self.position.seconds,
+                "steps_per_second": rate,
+                "data_wait": window.waited / window.seconds,
+            }
+        )
+
+    def _validate(self, progress: TrainingProgress) -> bool:
+        """Measures the result on every set; whether it is the best so far on the first."""
+        improved = False
+        if self.fabric.is_global_zero:
+            for index, measured in enumerate(self.validation(self.result)):
+                self._write({"kind": "val", "step": self.position.step, **measured, "seconds": self.position.seconds})
+                best = self.position.best
+                if index == 0 and (best is None or measured["psnr"] > best["psnr"]):
+                    improved = True
+                    self.position.best = {"step": self.position.step, "psnr": measured["psnr"]}
+                mark = "  (best)" if index == 0 and improved else ""
+                progress.say(
+                    f"step {self.position.step}: {measured['set']}  PSNR {measured['psnr']:.3f} dB  "
+                    f"SSIM {measured['ssim']:.4f}  ({measured['protocol']}){mark}"
+                )
+        improved, self.position.best = self.fabric.broadcast((improved, self.position.best))
+        return improved
+
+    def _check_finite(self, losses: Sequence[Tensor]) -> None:
+        """Raises Diverged at the first of the latest steps with a NaN or infinite loss, and saves that step's batch."""
+        values = self._everywhere(torch.stack(list(losses)))  # (steps, terms)
+        finite = values.isfinite()
+        if bool(finite.all()):
+            return
+        first = int((~finite.all(dim=1)).nonzero()[0])
+        step = self.position.step - len(losses) + 1 + first
+        named = dict(zip(self.train_step.method.losses, values[first].tolist(), strict=True))
+        term = next(name for name, good in zip(named, finite[first].tolist(), strict=True) if not good)
+        batch_file = self.folder.path / f"diverged-step-{step:06d}.pt"
+        if self.fabric.is_global_zero:
+            # A batch is a function of (seed, step), so it need not be kept around: it is made again.
+            samples = [
+                self.train_set.sample(self.config.train.seed, step - 1, i) for i in range(self.config.data.batch)
+            ]
+            lq, gt = (torch.stack(images) for images in zip(*samples, strict=True))
+            torch.save({"step": step, "losses": named, "lq": lq, "gt": gt}, batch_file)
+        raise Diverged(
+            f"the loss term {term} became {named[term]} in step {step}; its batch is in {batch_file}. "
+            "Lower train.lr, set train.clip, or give the term a smaller weight or a ramp; "
+            f"kdtrain resume {self.folder.path} --set ... goes on from the last checkpoint"
+        )
+
+    def save(self, *, best: bool = False) -> None:
+        """A checkpoint of everything that the next step depends on."""
+        randomness = gather_objects(self.fabric, random_state(self.fabric.device))
+        if not all(bool(value.isfinite().all()) for value in self.train_step.student.parameters()):
+            raise Diverged(
+                f"the student's weights are not finite after step {self.position.step}; nothing was saved of it"
+            )
+        if not self.fabric.is_global_zero:
+            return
+        weights = {"student": self.train_step.student.state_dict()}
+        if self.ema:
+            weights["ema"] = self.ema.network.state_dict()
+        state = {
+            "step": self.position.step,
+            "seconds": self.position.seconds,
+            "best": self.position.best,
+            "optimizer": self.optimizer.state_dict(),
+            "others": self.train_step.others(),
+            "loss_weights": self.weights.state(),
+            "randomness": randomness,
+        }
+        self.folder.sync()
+        self.checkpoints.save(self.position.step, weights, state, best=best)
+
+    def restore(self) -> None:
+        """Goes back to the last checkpoint, and metrics.jsonl with it.
+
+        Raises:
+            InputError: there is none, or it does not fit the config.
+        """
+        path = self.checkpoints.last()
+        if path is None:
+            raise InputError(
+                f"{self.folder.path} has no checkpoint yet: remove the folder and start again with kdtrain train"
+            )
+        weights, state = read_checkpoint(path)
+        try:
+            self.train_step.student.load_state_dict(weights["student"])
+            self.train_step.load_state_dict(state["others"], strict=False)
+            if set(state["others"]) != set(self.train_step.others()):
+                raise KeyError("its adapters and method state are those of another method")
+            if self.ema:
+                self.ema.network.load_state_dict(weights.get("ema", weights["student"]))
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise InputError(f"{path} does not fit the config: {error}; undo the change, or start a new run") from None
+        self.weights.load(state["loss_weights"])
+        self.position = Position(state["step"], state["seconds"], state["best"])
+        if len(state["randomness"]) == self.fabric.world_size:
+            restore_random_state(state["randomness"][self.fabric.global_rank], self.fabric.device)
+        if self.fabric.is_global_zero:
+            self.folder.cut_metrics(self.position.step)
+
+    def _everywhere(self, values: Tensor) -> Tensor:
+        """The mean over devices; NaN anywhere is NaN everywhere, so that all stop together."""
+        if self.fabric.world_size == 1:
+            return values
+        reduced = self.fabric.all_reduce(values.clone(), reduce_op="mean")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def _agree(self, requested: bool) -> bool:
+        """Whether any device's process was told to stop: all must stop after the same step."""
+        if self.fabric.world_size == 1:
+            return requested
+        if self.position.step % STEPS_BETWEEN_AGREEMENTS:
+            return False
+        return bool(self._everywhere(torch.tensor(float(requested), device=self.fabric.device)) > 0)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.fabric.is_global_zero:
+            self.folder.log(line)
+
+
+def gather_objects(fabric: Fabric, value: Any) -> list[Any]:
+    """The value of every rank, on every rank."""
+    if fabric.world_size == 1:
+        return [value]
+    found = [None] * fabric.world_size
+    torch.distributed.all_gather_object(found, value)
+    return found

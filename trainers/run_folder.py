@@ -1,0 +1,144 @@
+"""The folder of a run: its config, environment, metrics, and the lock that keeps a second process out."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+from trainers.checkpoint import Checkpoints, replace_file
+from trainers.config import Config
+from trainers.config_file import dump_config
+from trainers.errors import InputError
+
+PACKAGES = ("kdops", "torch", "triton", "lightning-fabric", "numpy", "pydantic", "safetensors", "scikit-image")
+
+
+class RunFolder:
+    """<out>/<name>/ with config.yaml, env.json, command.txt, metrics.jsonl, checkpoints/, images/, result.json, report.html."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+        self._metrics: IO[str] | None = None
+
+    @classmethod
+    def create(cls, config: Config) -> RunFolder:
+        """Makes and locks the folder of a new run.
+
+        Raises:
+            InputError: it exists already.
+        """
+        folder = cls(Path(config.out) / config.name)
+        if folder.path.exists() and any(folder.path.iterdir()):
+            raise InputError(
+                f"{folder.path} holds a run already: go on with it (kdtrain resume {folder.path}), "
+                "choose another name (--set name=...), or remove it"
+            )
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder._acquire()
+        folder.describe(config)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Locks the folder of an earlier run.
+
+        Raises:
+            InputError: there is no run, or another process is working in it.
+        """
+        folder = cls(path)
+        if not (path / "config.yaml").is_file():
+            raise InputError(f"{path} is no run folder: it has no config.yaml; start one with kdtrain train")
+        folder._acquire()
+        return folder
+
+    def checkpoints(self, keep: int) -> Checkpoints:
+        return Checkpoints(self.path / "checkpoints", keep)
+
+    def describe(self, config: Config) -> None:
+        """Writes config.yaml and env.json, and adds the command to command.txt."""
+        replace_file(self.path / "config.yaml", dump_config(config).encode())
+        replace_file(self.path / "env.json", (json.dumps(environment(), indent=1) + "\n").encode())
+        with (self.path / "command.txt").open("a") as file:
+            file.write(shlex.join(sys.argv) + "\n")
+
+    def cut_metrics(self, step: int) -> None:
+        """Drops the lines of metrics.jsonl after `step`: what happened after the checkpoint will happen again."""
+        path = self.path / "metrics.jsonl"
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
+            replace_file(path, "".join(line + "\n" for line in kept).encode())
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl."""
+        if self._metrics is None:
+            self._metrics = (self.path / "metrics.jsonl").open("a")
+        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.flush()
+
+    def sync(self) -> None:
+        """Puts metrics.jsonl on the disk: before a checkpoint, so that no line up to its step can be missing."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+
+    def close(self) -> None:
+        """Releases the lock."""
+        for file in (self._metrics, self._lock):
+            if file is not None:
+                file.close()
+        self._metrics = self._lock = None
+
+    def _acquire(self) -> None:
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            # A POSIX record lock: gone with this process however it ends, and not inherited by data workers.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise InputError(f"{self.path} is in use by another kdtrain process: wait for it or stop it") from None
+
+
+def _step(line: str) -> float:
+    """The step of a metrics line; infinite for one that was cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and the backends of kdops: what a result depends on."""
+    import torch
+
+    import kdops
+
+    found: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    found["packages"] = {name: _version(name) for name in PACKAGES}
+    found["cpu"] = _cpu_name()
+    found["threads"] = torch.get_num_threads()
+    found["gpu"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    found["kdops"] = kdops.info()
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,121 @@
+"""Validation during a run, and its results at the end: result.json, images, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainers import config, networks
+from trainers.checkpoint import replace_file
+from trainers.config import Config
+from trainers.data.images import write_png
+from trainers.data.sets import ValPair, open_val_set
+from trainers.evaluate import bicubic, count_macs, count_parameters, evaluate
+from trainers.metrics import PROTOCOLS
+from trainers.run_folder import RunFolder, environment
+
+MACS_OUTPUT = (720, 1280)  # height and width of the restored image for which MACs are counted
+
+
+class Validation:
+    """The validation sets of a config; called with a network, it measures it on each."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.sets = {entry.name: open_val_set(entry, config.scale) for entry in config.data.val}
+
+    def __call__(self, network: Callable[[Tensor], Tensor]) -> list[dict[str, Any]]:
+        """[{"set", "protocol", "psnr", "ssim", "per_image"}], in the order of the config."""
+        protocol = self.config.val.protocol
+        return [
+            {
+                "set": name,
+                "protocol": protocol,
+                **evaluate(network, pairs, PROTOCOLS[protocol], self.config.scale, self.device),
+            }
+            for name, pairs in self.sets.items()
+        ]
+
+    def scores(self, network: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Any]]:
+        """Set name -> {"psnr", "ssim", "per_image"}."""
+        return {line["set"]: {key: line[key] for key in ("psnr", "ssim", "per_image")} for line in self(network)}
+
+
+def write_results(
+    validation: Validation, student: nn.Module, folder: RunFolder, *, seconds: float, best: dict[str, float] | None
+) -> None:
+    """Measures bicubic, student and teacher; writes result.json, images/ and report.html."""
+    from trainers.report import write_report
+
+    run = validation.config
+    restorers: dict[str, Callable[[Tensor], Tensor]] = {
+        "bicubic": partial(bicubic, scale=run.scale),
+        "student": student,
+    }
+    if run.teacher is not None:
+        teacher = networks.build_network(run.teacher, "teacher").eval().requires_grad_(False)
+        restorers["teacher"] = teacher.to(validation.device)
+    scores = {who: validation.scores(restorer) for who, restorer in restorers.items()}
+    for name, pairs in validation.sets.items():
+        for index in range(min(run.val.save_images, len(pairs))):
+            save_images(validation, folder, name, pairs[index], restorers)
+    result = {
+        "name": run.name,
+        "status": "done",
+        "task": run.task,
+        "scale": run.scale,
+        "method": run.method.name,
+        "steps": run.train.steps,
+        "seconds": seconds,
+        "seed": run.train.seed,
+        "protocol": run.val.protocol,
+        "protocol_text": PROTOCOLS[run.val.protocol].describe(),
+        "batch": run.data.batch,
+        "patch": run.data.patch,
+        "student": description(run.student, student, run.scale),
+        "teacher": None
+        if run.teacher is None
+        else description(run.teacher, teacher, run.scale) | {"weights": run.teacher.weights},
+        "macs_for": f"{MACS_OUTPUT[1]}x{MACS_OUTPUT[0]} output",
+        "sets": {name: {who: scores[who][name] for who in restorers} for name in validation.sets},
+        "best": best,
+        "environment": environment(),
+    }
+    replace_file(folder.path / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_report(folder.path)
+
+
+@torch.no_grad()
+def save_images(
+    validation: Validation,
+    folder: RunFolder,
+    set_name: str,
+    pair: ValPair,
+    restorers: dict[str, Callable[[Tensor], Tensor]],
+) -> None:
+    """images/<set>/<image>_{lq,bicubic,student,teacher,gt}.png."""
+    target = folder.path / "images" / set_name
+    target.mkdir(parents=True, exist_ok=True)
+    write_png(target / f"{pair.name}_lq.png", pair.lq)
+    write_png(target / f"{pair.name}_gt.png", pair.gt)
+    for who, restorer in restorers.items():
+        restored = restorer(pair.lq[None].to(validation.device))[0].float().cpu()
+        write_png(target / f"{pair.name}_{who}.png", restored)
+
+
+def description(network: config.Network, built: nn.Module, scale: int) -> dict[str, Any]:
+    """{"arch", "options", "params", "macs"} of a network."""
+    height, width = (size // scale for size in MACS_OUTPUT)
+    options = config.options(network).model_dump(mode="json")
+    return {
+        "arch": network.arch,
+        "options": options,
+        "params": count_parameters(built),
+        "macs": count_macs(built, (1, 3, height, width)),
+    }
