@@ -1,0 +1,70 @@
+// What csrc/contrast.cpp and csrc/contrast.cu share: both distances as one problem over flat rows.
+//
+// Pairwise distances are one batch of B x K pairs; matched distances are B batches of 1 x K pairs.
+#pragma once
+
+#include "common/tensors.h"
+
+namespace kdops {
+
+struct Problem {
+  int64_t batches, rows_x, rows_y, features, p;
+
+  int64_t pairs() const {
+    return rows_x * rows_y;
+  }
+};
+
+// Where row `row` of batch `batch` begins: data + batch * batch_stride + row * row_stride.
+struct Rows {
+  int64_t batch_stride, row_stride;
+};
+
+// Which of the two distances a call is about: how its tensors map to batches and rows.
+struct Pairing {
+  int64_t first_y;  // the axis of y where the features begin: (K, *F) or (B, K, *F)
+
+  bool matched() const {
+    return first_y == 2;
+  }
+
+  Problem problem(const Tensor& x, const Tensor& y, int64_t p) const {
+    STD_TORCH_CHECK(p == 1 || p == 2, "kdops: p is ", p, ", but it must be 1 or 2.");
+    STD_TORCH_CHECK(x.dim() >= 1 && y.dim() == x.dim() - 1 + first_y && x.scalar_type() == y.scalar_type(),
+                    "kdops: x and y do not fit together in dtype or number of axes.");
+    for (int64_t axis = 1; axis < x.dim(); ++axis) {
+      STD_TORCH_CHECK(x.size(axis) == y.size(axis - 1 + first_y), "kdops: x and y differ in size along axis ", axis, " of x.");
+    }
+    STD_TORCH_CHECK(!matched() || x.size(0) == y.size(0), "kdops: anchor and others differ in batch size.");
+    const int64_t features = count_features(x, 1);
+    if (matched()) return {x.size(0), 1, y.size(1), features, p};
+    return {1, x.size(0), y.size(0), features, p};
+  }
+
+  Rows rows_x(const Tensor& x) const {
+    return matched() ? Rows{x.stride(0), 0} : Rows{0, x.stride(0)};
+  }
+
+  Rows rows_y(const Tensor& y) const {
+    return matched() ? Rows{y.stride(0), y.stride(1)} : Rows{0, y.stride(0)};
+  }
+};
+
+constexpr Pairing kPairwise{1};
+constexpr Pairing kMatched{2};
+
+// The distances of every pair, of shape (B, K) for both pairings.
+inline Tensor empty_distances(const Tensor& x, const Tensor& y, Pairing pairing) {
+  const auto dtype = accumulator_dtype(x.scalar_type());
+  return torch::stable::new_empty(x, {x.size(0), y.size(pairing.first_y - 1)}, dtype);
+}
+
+// The upstream gradient (B, K), contiguous; throws unless it fits.
+inline Tensor weights(const Tensor& grad, const Tensor& x, const Problem& problem) {
+  STD_TORCH_CHECK(grad.scalar_type() == accumulator_dtype(x.scalar_type()), "kdops: the gradient has not the dtype of the distances.");
+  STD_TORCH_CHECK(grad.dim() == 2 && grad.numel() == problem.batches * problem.pairs(),
+                  "kdops: the gradient has not the shape of the distances.");
+  return torch::stable::contiguous(grad);
+}
+
+}  // namespace kdops
