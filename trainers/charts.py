@@ -1,0 +1,176 @@
+"""Line charts as inline SVG, drawn by hand so that a report needs no plotting library and no network.
+
+Colours are CSS variables (`--c0` ... `--c5`, set in page.py for light and dark mode), so a chart follows the reader's theme. Every series
+also has its own dash pattern: it can be told apart without colour, in print too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH, HEIGHT = 560, 300
+LEFT, RIGHT, TOP, BOTTOM = 56, 14, 12, 42
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")
+MAX_POINTS = 400  # more cannot be seen at this width; thinning keeps the first and the last
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve. `colour` is an index into the palette; `markers` draws its points too (for curves of few points)."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    colour: int
+    markers: bool = False
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal reference line, such as the PSNR of bicubic."""
+
+    label: str
+    value: float
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten apart) that cover [low, high], about `count` of them."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * nice for nice in (1, 2, 5, 10) if rough <= power * nice * (1 + 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten that cover [low, high], with 2 and 5 between them when there are fewer than three decades."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    if last - first >= 3:
+        return [10.0**power for power in range(first, last + 1)]
+    marks = [nice * 10.0**power for power in range(first, last + 1) for nice in (1, 2, 5)]
+    start = max(index for index, mark in enumerate(marks) if mark <= low * (1 + 1e-9))
+    stop = min((index for index, mark in enumerate(marks) if mark >= high * (1 - 1e-9)), default=len(marks) - 1)
+    return marks[start : max(stop, start + 1) + 1]
+
+
+def number(value: float) -> str:
+    """A tick label: 20000 -> "20,000", 0.5 -> "0.5", 1e-7 -> "1e-07"."""
+    if value and abs(value) < 1e-4:
+        return f"{value:.0e}"
+    return f"{value:,.10g}"
+
+
+def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most about MAX_POINTS points, evenly taken, the last one always among them."""
+    stride = max(1, math.ceil(len(points) / MAX_POINTS))
+    kept = list(points[::stride])
+    return kept if not points or kept[-1] == points[-1] else [*kept, points[-1]]
+
+
+class _Axis:
+    """Maps values to pixels between `start` and `stop`; its ends are its first and last tick."""
+
+    def __init__(self, low: float, high: float, start: float, stop: float, log: bool) -> None:
+        if low == high:
+            low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+        self.marks = log_ticks(low, high) if log else ticks(low, high)
+        self.log, self.start, self.stop = log, start, stop
+        self.low, self.high = self._scale(self.marks[0]), self._scale(self.marks[-1])
+
+    def _scale(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+    def __call__(self, value: float) -> float:
+        part = (self._scale(value) - self.low) / (self.high - self.low)
+        return round(self.start + part * (self.stop - self.start), 2)
+
+
+def line_chart(
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[Series],
+    *,
+    levels: Sequence[Level] = (),
+    log: bool = False,
+) -> str:
+    """A <figure> with the chart and its legend; "" when no series has a finite point.
+
+    The x axis starts at 0. `log` makes the y axis logarithmic (points that are not positive are left out).
+    """
+    clean = [
+        Series(line.label, points, line.colour, line.markers)
+        for line in series
+        if (points := [p for p in line.points if all(map(math.isfinite, p)) and (p[1] > 0 or not log)])
+    ]
+    if not clean:
+        return ""
+    heights = [y for line in clean for _, y in line.points] + [level.value for level in levels]
+    across = _Axis(0.0, max(max(x for line in clean for x, _ in line.points), 1e-9), LEFT, WIDTH - RIGHT, False)
+    up = _Axis(min(heights), max(heights), HEIGHT - BOTTOM, TOP, log)
+    parts = [
+        *_grid(across, up, x_label, y_label),
+        *(_level(level, up) for level in levels),
+        *(_curve(line, across, up) for line in clean),
+    ]
+    rule = f'<line class="rule" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/>'
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><div class="legend">{"".join(map(_swatch, clean))}</div>'
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f'{"".join(parts)}{rule}</svg><div class="tip" hidden></div></figure>'
+    )
+
+
+def _swatch(line: Series) -> str:
+    stroke = f'<line x1="1" y1="4" x2="29" y2="4" {_stroke(line.colour)}/>'
+    return f'<span><svg class="swatch" viewBox="0 0 30 8" aria-hidden="true">{stroke}</svg>{escape(line.label)}</span>'
+
+
+def _stroke(colour: int) -> str:
+    dash = DASHES[colour % len(DASHES)]
+    return f'stroke="var(--c{colour % len(DASHES)})" stroke-width="2" fill="none"' + (
+        f' stroke-dasharray="{dash}"' if dash else ""
+    )
+
+
+def _grid(across: _Axis, up: _Axis, x_label: str, y_label: str) -> list[str]:
+    floor, right = HEIGHT - BOTTOM, WIDTH - RIGHT
+    lines = []
+    for mark in up.marks:
+        lines.append(f'<line class="grid" x1="{LEFT}" y1="{up(mark)}" x2="{right}" y2="{up(mark)}"/>')
+        lines.append(_text(LEFT - 7, up(mark) + 4, number(mark), "end"))
+    for mark in across.marks:
+        lines.append(f'<line class="axis" x1="{across(mark)}" y1="{floor}" x2="{across(mark)}" y2="{floor + 4}"/>')
+        last = mark == across.marks[-1]  # its number must not stick out
+        lines.append(_text(across(mark) + 4 * last, floor + 18, number(mark), "end" if last else "middle"))
+    lines.append(f'<line class="axis" x1="{LEFT}" y1="{floor}" x2="{right}" y2="{floor}"/>')
+    lines.append(_text((LEFT + right) / 2, HEIGHT - 6, x_label, "middle"))
+    lines.append(
+        f'<g transform="rotate(-90 12 {(TOP + floor) / 2})">{_text(12, (TOP + floor) / 2, y_label, "middle")}</g>'
+    )
+    return lines
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _level(level: Level, up: _Axis) -> str:
+    y, right = up(level.value), WIDTH - RIGHT
+    text = y - 5 if y > TOP + 14 else y + 14
+    line = f'<line class="level" x1="{LEFT}" y1="{y}" x2="{right}" y2="{y}"/>'
+    return line + _text(right - 4, text, level.label, "end")
+
+
+def _curve(line: Series, across: _Axis, up: _Axis) -> str:
+    """The curve; its values ride along in data attributes for the read-out under the pointer (page.py)."""
+    shown = thin(line.points)
+    places = [(across(x), up(y)) for x, y in shown]
+    points = " ".join(f"{x},{y}" for x, y in places)
+    xs, ys = (" ".join(f"{point[axis]:.6g}" for point in shown) for axis in (0, 1))
+    data = f'data-label="{escape(line.label)}" data-x="{xs}" data-y="{ys}"'
+    fill = f'fill="var(--c{line.colour % len(DASHES)})"'
+    dots = [f'<circle cx="{x}" cy="{y}" r="3" {fill}/>' for x, y in places] if line.markers else []
+    return f'<polyline points="{points}" {_stroke(line.colour)} {data}/>{"".join(dots)}'
