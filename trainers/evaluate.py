@@ -1,0 +1,77 @@
+"""Measuring networks: quality on a validation set, parameters, multiply-accumulates; and bicubic upsampling beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainers.data.resize import imresize
+from trainers.data.sets import ValPair
+from trainers.metrics import Protocol
+
+Restorer = Callable[[Tensor], Tensor]  # (1, 3, h, w) -> (1, 3, scale * h, scale * w), both RGB in [0, 1]
+
+
+def evaluate(
+    restorer: Restorer, pairs: Iterable[ValPair], protocol: Protocol, scale: int, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Restores every image whole and measures it.
+
+    restorer  a network, or any function from a batch of one image to the restored one; networks run in eval mode, and each
+              of their modules is put back to the mode it was in
+    Returns {"psnr": dB, "ssim": ..., "per_image": {name: {"psnr": dB, "ssim": ...}}}; the first two are means over images.
+    Raises ValueError when there is no image.
+    """
+    device = torch.device(device)
+    per_image = {}
+    with torch.inference_mode(), eval_mode(restorer):
+        for name, lq, gt in pairs:
+            restored = restorer(lq.unsqueeze(0).to(device)).squeeze(0)
+            if device.type == "mps":  # has no float64, which the metrics use
+                restored = restored.cpu()
+            per_image[name] = protocol.measure(restored, gt.to(restored.device), scale)
+    if not per_image:
+        raise ValueError("there is no image to measure; give a set with at least one pair")
+    means = {metric: sum(image[metric] for image in per_image.values()) / len(per_image) for metric in ("psnr", "ssim")}
+    return {**means, "per_image": per_image}
+
+
+@contextmanager
+def eval_mode(restorer: Restorer) -> Iterator[None]:
+    """Eval mode for the time of the block; parts that were in eval mode before (a frozen layer) stay in it after."""
+    modules = list(restorer.modules()) if isinstance(restorer, nn.Module) else []
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def bicubic(lq: Tensor, scale: int) -> Tensor:
+    """MATLAB's bicubic upsampling, the baseline of super-resolution: (..., h, w) -> (..., scale * h, scale * w), clipped to [0, 1]."""
+    return imresize(lq, float(scale)).clamp(0, 1)
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Trainable or not, without buffers."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def count_macs(network: nn.Module, shape: tuple[int, ...]) -> int:
+    """Multiply-accumulates of one forward pass on an input of this shape, in convolutions and matrix products.
+
+    Half of what torch's FlopCounterMode counts. Nothing is computed: the pass runs on shapes only (the meta device).
+    """
+    state = {name: value.detach().to("meta") for name, value in network.state_dict().items()}
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), eval_mode(network):
+        functional_call(network, state, (torch.empty(shape, device="meta"),))
+    return int(counter.get_total_flops()) // 2
