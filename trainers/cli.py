@@ -92,9 +92,12 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--protocol", default="sr-y", help="how to measure (default: sr-y)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
-    compare = _command(commands, "compare", "put finished runs side by side in one report", _compare)
-    compare.add_argument("run_folders", type=Path, nargs="+", help="run folders")
+    compare = _command(commands, "compare", "put runs side by side in one report, and train those that are missing", _compare)
+    compare.add_argument("run_folders", type=Path, nargs="*", help="finished runs; or give --recipe and --methods")
+    compare.add_argument("--recipe", help="a recipe of ours (demo) or a YAML file: train it once with each method")
+    compare.add_argument("--methods", type=lambda text: text.split(","), help="with --recipe: scratch,facd")
     compare.add_argument("-o", "--out", type=Path, default=Path("runs/comparison"), help="folder of the comparison")
+    _set_argument(compare)
 
     _command(commands, "doctor", "show what this machine has and which backends run", _doctor)
     return top
@@ -180,10 +183,23 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from trainers.compare import compare
+    from trainers.compare import compare, run_and_compare
+    from trainers.errors import InputError
 
-    print(f"done: {compare(options.run_folders, options.out)}")
+    if bool(options.run_folders) == bool(options.recipe) or bool(options.recipe) != bool(options.methods):
+        raise InputError("give either run folders, or --recipe and --methods")
+    if options.recipe:
+        report = run_and_compare(_recipe(options.recipe), options.methods, options.out, options.set)
+    else:
+        report = compare(options.run_folders, options.out)
+    print(f"done: {report}")
     return 0
+
+
+def _recipe(name: str) -> Path:
+    """A YAML file, or the name of a recipe that ships with the package."""
+    shipped = Path(__file__).parent / "recipes" / f"{name}.yaml"
+    return shipped if shipped.is_file() else Path(name)
 
 
 def _doctor(options: argparse.Namespace) -> int:
