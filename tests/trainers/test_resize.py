@@ -110,6 +110,22 @@ def test_any_strides_and_gradients() -> None:
     assert torch.autograd.gradcheck(lambda x: imresize(x, 0.5), image[:1, :1].clone().requires_grad_())
 
 
+def test_gradients_after_a_call_in_inference_mode() -> None:
+    """Weights are cached: those made in inference mode must serve autograd too."""
+    image = torch.rand(1, 29, 31)
+    with torch.inference_mode():
+        imresize(image, 0.5)
+    image.requires_grad_()
+    imresize(image, 0.5).sum().backward()
+    torch.testing.assert_close(image.grad.sum(), torch.tensor(15.0 * 16))
+
+
+@pytest.mark.gpu
+def test_the_gpu_gives_the_same_bits() -> None:
+    image = torch.rand(2, 3, 17, 23)
+    assert torch.equal(imresize(image.cuda(), 0.5).cpu(), imresize(image, 0.5))
+
+
 @pytest.mark.parametrize(
     ("image", "arguments", "error", "message"),
     [

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from trainers.errors import InputError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError)  # what Pillow raises for files that are no images
+# What Pillow raises for files that are no images, damaged, or larger than it believes.
+DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def read_image(path: Path) -> Tensor:
@@ -32,12 +33,11 @@ def read_image(path: Path) -> Tensor:
     return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of the image as `read_image` gives it, from the file's header only."""
+def stored_size(path: Path) -> tuple[int, int]:
+    """(height, width) from the file's header. An EXIF rotation may swap them: finding it would mean decoding a PNG."""
     try:
         with Image.open(path) as image:
-            sideways = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return (image.width, image.height) if sideways else (image.height, image.width)
+            return image.height, image.width
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except DAMAGED as error:

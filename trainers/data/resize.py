@@ -45,12 +45,14 @@ def imresize(image: Tensor, scale: float, *, border: Border = "symmetric", uint8
     if border not in ("symmetric", "replicate"):
         raise ValueError(f"border must be 'symmetric' or 'replicate', got {border!r}")
 
-    pixels = image.double()
+    pixels = (image.cpu() if image.device.type == "mps" else image).double()  # Apple GPUs have no float64
     if image.dtype == torch.uint8:
-        return resize_both_axes(pixels, scale, border, rounded=True).to(torch.uint8)
-    if uint8:
-        return (resize_both_axes(round_to_uint8(pixels * 255), scale, border, rounded=True) / 255).to(image.dtype)
-    return resize_both_axes(pixels, scale, border, rounded=False).to(image.dtype)
+        resized = resize_both_axes(pixels, scale, border, rounded=True)
+    elif uint8:
+        resized = resize_both_axes(round_to_uint8(pixels * 255), scale, border, rounded=True) / 255
+    else:
+        resized = resize_both_axes(pixels, scale, border, rounded=False)
+    return resized.to(image)  # its dtype and device
 
 
 def resize_both_axes(pixels: Tensor, scale: float, border: Border, *, rounded: bool) -> Tensor:
@@ -79,6 +81,7 @@ def round_to_uint8(pixels: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # a cached inference tensor would break a later call that needs gradients
 def contributions(size: int, scale: float, border: Border) -> tuple[Tensor, Tensor]:
     """Which of `size` input pixels make each output pixel, and with what weight: index int64, weight float64, (size', taps).
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainers.data.folders import LeastSide, PairFiles, image_problems, match_folders, too_small
-from trainers.data.images import image_size, to_float
+from trainers.data.images import stored_size, to_float
 from trainers.data.pairs import Pairs
 from trainers.data.photos import HELD_OUT_PHOTOS, TRAIN_PHOTOS, match_photos
 from trainers.errors import InputError
@@ -40,7 +40,7 @@ class TrainSet:
         """`patch` is the side of the ground-truth patch in pixels; InputError for images smaller than that."""
         if patch % scale:
             raise InputError(f"data.patch: {patch} is not a multiple of the scale {scale}")
-        sizes = [image_size(pair.gt) for pair in files]
+        sizes = [stored_size(pair.gt) for pair in files]
         least = least_for_training(patch)
         problems = [text for pair, size in zip(files, sizes, strict=True) for text in too_small(pair.gt, size, least)]
         if problems:
@@ -86,7 +86,7 @@ def cut(image: Pixels, top: int, left: int, side: int, symmetry: int) -> Pixels:
 
 def random_words(purpose: str, *key: int) -> tuple[int, int, int]:
     """Three independent, uniform 64-bit numbers that depend on nothing but the purpose and the key."""
-    digest = hashlib.blake2b(f"{purpose} {key}".encode(), digest_size=24).digest()
+    digest = hashlib.blake2b(f"{purpose} {[int(part) for part in key]}".encode(), digest_size=24).digest()
     first, second, third = struct.unpack("<3Q", digest)
     return first, second, third
 
