@@ -1,11 +1,12 @@
 """Line charts as inline SVG, drawn by hand so that a report needs no plotting library and no network.
 
-Colours are CSS variables (`--c0` ... `--c5`, set in page.py for light and dark mode), so a chart follows the reader's theme. Every series
-also has its own dash pattern: it can be told apart without colour, in print too.
+Colours are CSS variables (`--c0` ... `--c5`, set in page.py for light and dark mode), so a chart follows the reader's theme. Series also
+have dash patterns: they can be told apart without colour, in print too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ MAX_POINTS = 400  # more cannot be seen at this width; thinning keeps the first 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `colour` is an index into the palette; `markers` draws its points too (for curves of few points)."""
+    """One curve. `colour` and `dash` are indices into the palette and the patterns; `markers` draws its points too."""
 
     label: str
     points: Sequence[tuple[float, float]]
     colour: int
+    dash: int
     markers: bool = False
 
 
@@ -101,7 +103,7 @@ def line_chart(
     The x axis starts at 0. `log` makes the y axis logarithmic (points that are not positive are left out).
     """
     clean = [
-        Series(line.label, points, line.colour, line.markers)
+        dataclasses.replace(line, points=points)
         for line in series
         if (points := [p for p in line.points if all(map(math.isfinite, p)) and (p[1] > 0 or not log)])
     ]
@@ -124,15 +126,18 @@ def line_chart(
 
 
 def _swatch(line: Series) -> str:
-    stroke = f'<line x1="1" y1="4" x2="29" y2="4" {_stroke(line.colour)}/>'
+    stroke = f'<line x1="1" y1="4" x2="29" y2="4" {_stroke(line)}/>'
     return f'<span><svg class="swatch" viewBox="0 0 30 8" aria-hidden="true">{stroke}</svg>{escape(line.label)}</span>'
 
 
-def _stroke(colour: int) -> str:
-    dash = DASHES[colour % len(DASHES)]
-    return f'stroke="var(--c{colour % len(DASHES)})" stroke-width="2" fill="none"' + (
-        f' stroke-dasharray="{dash}"' if dash else ""
-    )
+def _colour(line: Series) -> str:
+    return f"var(--c{line.colour % len(DASHES)})"
+
+
+def _stroke(line: Series) -> str:
+    dash = DASHES[line.dash % len(DASHES)]
+    pattern = f' stroke-dasharray="{dash}"' if dash else ""
+    return f'stroke="{_colour(line)}" stroke-width="2" fill="none"{pattern}'
 
 
 def _grid(across: _Axis, up: _Axis, x_label: str, y_label: str) -> list[str]:
@@ -171,6 +176,6 @@ def _curve(line: Series, across: _Axis, up: _Axis) -> str:
     points = " ".join(f"{x},{y}" for x, y in places)
     xs, ys = (" ".join(f"{point[axis]:.6g}" for point in shown) for axis in (0, 1))
     data = f'data-label="{escape(line.label)}" data-x="{xs}" data-y="{ys}"'
-    fill = f'fill="var(--c{line.colour % len(DASHES)})"'
+    fill = f'fill="{_colour(line)}"'
     dots = [f'<circle cx="{x}" cy="{y}" r="3" {fill}/>' for x, y in places] if line.markers else []
-    return f'<polyline points="{points}" {_stroke(line.colour)} {data}/>{"".join(dots)}'
+    return f'<polyline points="{points}" {_stroke(line)} {data}/>{"".join(dots)}'

@@ -34,8 +34,7 @@ def compare(run_dirs: Sequence[Path], out: Path) -> Path:
         InputError: fewer than two runs, a run that is not done, or runs that were not measured alike: another protocol, task, scale or
             validation set.
     """
-    if len(run_dirs) < 2:
-        raise InputError(f"{len(run_dirs)} run given, but a comparison needs two or more: add a scratch run")
+    _refuse_too_few(run_dirs)
     runs = labelled([load_run(Path(folder)) for folder in run_dirs])
     refuse_unlike(runs)
     out.mkdir(parents=True, exist_ok=True)
@@ -58,18 +57,19 @@ def run_and_compare(
     interrupted goes on where it stopped, and one that is done is only written again.
 
     Raises:
-        InputError: problems of the config under any of the methods, or a folder that holds a run of another config.
+        InputError: fewer than two methods, problems of the config under any of the methods, or a folder that holds a run of another config.
         Diverged, Interrupted, SaveFailed: see trainers.launch.train.
     """
     from trainers.check import checked_config
     from trainers.launch import resume, train
 
+    _refuse_too_few(methods)
     console = console or Console(stderr=True)
     configs = [
         checked_config(config_path, [*overrides, f"method.name={method}"], console.print).model_copy(
             update={"name": method, "out": str(out)}
         )
-        for method in methods
+        for method in dict.fromkeys(methods)
     ]
     for config in configs:
         folder = Path(config.out) / config.name
@@ -84,6 +84,12 @@ def run_and_compare(
             console.print(f"resuming {config.name}")
             resume(folder, console=console)
     return compare([Path(config.out) / config.name for config in configs], out)
+
+
+def _refuse_too_few(compared: Sequence[Path | str]) -> None:
+    if len(set(compared)) < 2:
+        given = ", ".join(map(str, compared)) or "nothing"
+        raise InputError(f"{given}: a comparison needs two different runs or methods; add scratch")
 
 
 def _refuse_other_config(folder: Path, wanted: dict[str, Any]) -> None:
@@ -198,19 +204,16 @@ def headline(runs: Sequence[Run]) -> str:
     name = runs[0].sets[0]
     best, second, *_ = ranked = sorted(runs, key=lambda run: -run.psnr(name))
     reached = f"{best.psnr(name):.2f}"
-    over = f"{report.signed(best.psnr(name) - best.psnr(name, 'bicubic'))} dB over bicubic"
+    gaps = [report.gap(best.psnr(name) - run.psnr(name)) for run in ranked[1:]]
+    over = f"{report.gap(best.psnr(name) - best.psnr(name, 'bicubic'))} bicubic"
     if len(runs) > 2:
-        gaps = ", ".join(f"{_gap(best, run, name)} {run.label}" for run in ranked[1:])
-        return f"{best.label} ends highest on {name} with {reached} dB: {gaps}, {over}."
-    if _gap(best, second, name) == "level with":
+        others = ", ".join(f"{gap} {run.label}" for gap, run in zip(gaps, ranked[1:], strict=True))
+        return f"{best.label} ends highest on {name} with {reached} dB: {others}, {over}."
+    if gaps == ["level with"]:
         return f"{best.label} and {second.label} end level on {name}: {reached} dB, {over}."
-    gap = _gap(best, second, name)
-    return f"{best.label} ends {gap} {second.label} on {name}: {reached} against {second.psnr(name):.2f} dB, {over}."
-
-
-def _gap(best: Run, run: Run, set_name: str) -> str:
-    gap = f"{best.psnr(set_name) - run.psnr(set_name):.2f}"
-    return "level with" if gap == "0.00" else f"{gap} dB ahead of"
+    return (
+        f"{best.label} ends {gaps[0]} {second.label} on {name}: {reached} against {second.psnr(name):.2f} dB, {over}."
+    )
 
 
 def remarks(runs: Sequence[Run], missing: Sequence[str]) -> list[str]:

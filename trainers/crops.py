@@ -77,7 +77,7 @@ def locator(gt: Pixels, window: Window) -> str:
     small = Image.fromarray(gt)
     small.thumbnail((288, 288))
     box = f'<rect x="{window.left}" y="{window.top}" width="{window.size}" height="{window.size}" fill="none"'
-    edge = max(height, width) / 100
+    edge = max(height, width) / 75
     return (
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="the crop in its image">'
         f'<image href="{embed(np.asarray(small), "JPEG")}" width="{width}" height="{height}"/>'

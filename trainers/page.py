@@ -23,7 +23,7 @@ STYLE = """
 }
 * { box-sizing: border-box; }
 body {
-  margin: 0 auto; padding: 40px 28px 64px; max-width: 1240px; background: var(--paper); color: var(--ink);
+  margin: 0 auto; padding: 40px 28px 64px; max-width: 1280px; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif;
 }
 header { border-bottom: 1px solid var(--line); padding-bottom: 18px; }
@@ -41,6 +41,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: 6px 14px; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 4px; }
 th.text, td.text { text-align: left; }
+td.text { white-space: normal; max-width: 220px; line-height: 1.3; }
 thead th { border: solid var(--ink); border-width: 2px 0 1px; font-weight: 600; vertical-align: bottom; }
 tbody td { border-bottom: 1px solid var(--line); }
 tbody tr:last-child td { border-bottom: 2px solid var(--ink); }
@@ -90,8 +91,11 @@ footer { margin-top: 40px; color: var(--soft); font-size: 13px; }
   .charts { grid-template-columns: 1fr 1fr; gap: 16px; }
   .crop, .crop img, .crop svg { width: 84px; }
   .crop img, .crop svg { height: 84px; }
-  th, td { padding: 4px 7px; }
-  table { font-size: 10.5px; }
+  p.note, .legend, .crop, figcaption { font-size: 10.5px; }
+  .scroll { overflow: visible; }
+  th, td { padding: 4px 6px; }
+  table { font-size: 9.5px; }
+  .bar { max-width: 40px; }
   label { display: none; }
 }
 """

@@ -11,7 +11,7 @@ from trainers import crops, page
 from trainers.charts import Level, Series, line_chart
 from trainers.results import Run, flat, load_run
 
-REFERENCES = ("bicubic", "teacher")  # beside the students; bicubic always, a teacher where the run has one
+REFERENCES = {"bicubic": "bicubic", "teacher": "its teacher"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -33,11 +33,8 @@ def headline(run: Run) -> str:
     """What the run reached, in one sentence, on its first validation set."""
     name = run.sets[0]
     own = run.psnr(name)
-    against = [f"{signed(own - run.psnr(name, 'bicubic'))} dB over bicubic"]
-    if run.score(name, "teacher"):
-        gap = own - run.psnr(name, "teacher")
-        against.append(f"{abs(gap):.2f} dB {'above' if gap > 0 else 'below'} its teacher")
-    return f"{run.label} reaches {own:.2f} dB on {name}: {' and '.join(against)}."
+    gaps = [f"{gap(own - run.psnr(name, who))} {words}" for who, words in REFERENCES.items() if run.score(name, who)]
+    return f"{run.label} reaches {own:.2f} dB on {name}: {' and '.join(gaps)}."
 
 
 def remarks(run: Run) -> list[str]:
@@ -71,6 +68,12 @@ def signed(value: float) -> str:
     """+0.05, −0.05, 0.00."""
     text = f"{value:+.2f}".replace("-", "−")
     return text[1:] if text[1:] == "0.00" else text
+
+
+def gap(difference: float) -> str:
+    """0.05 dB above, 0.05 dB below, level with."""
+    size = f"{abs(difference):.2f}"
+    return "level with" if size == "0.00" else f"{size} dB {'above' if difference > 0 else 'below'}"
 
 
 def count(run: Run, set_name: str) -> str:
@@ -169,7 +172,7 @@ def results_table(runs: Sequence[Run]) -> str:
 def _table_note(run: Run) -> str:
     sets = " and ".join(f"{name} ({count(run, name)})" for name in run.sets)
     text = (
-        f"Protocol {run.result['protocol']}: {run.result['protocol_text']} Means over {sets}. MACs: multiply-accumulates for a "
+        f"Protocol {run.result['protocol_text'].rstrip('.')}. Means over {sets}. MACs: multiply-accumulates for a "
         f"{run.result['macs_for']}. Training time and steps per second leave out validation and saving. {_weights_measured(run)}"
     )
     return f'<p class="note">{html.escape(text)}</p>'
@@ -210,20 +213,29 @@ def curves(runs: Sequence[Run]) -> str:
         if taught := with_teacher(runs):
             levels.append(Level("teacher", taught.psnr(name, "teacher")))
         for axis, label in (("step", "training step"), ("seconds", "training time (s)")):
-            lines = [Series(r.label, r.validation(name, axis), i, markers=True) for i, r in enumerate(runs)]
+            lines = [Series(r.label, r.validation(name, axis), i, i, markers=True) for i, r in enumerate(runs)]
             title = f"Validation PSNR on {name} per {axis.removesuffix('s')}"
             charts.append(line_chart(title, label, "PSNR (dB)", lines, levels=levels))
     for loss in dict.fromkeys(name for run in runs for name in run.names("losses")):
-        lines = [Series(run.label, points, i) for i, run in enumerate(runs) if (points := run.training("losses", loss))]
+        lines = [
+            Series(run.label, points, i, i) for i, run in enumerate(runs) if (points := run.training("losses", loss))
+        ]
         log = _spans_a_decade(lines)
         charts.append(line_chart(f"Loss term “{loss}”, before its weight", "training step", loss, lines, log=log))
-    shares = [(run, name) for run in runs for name in run.names("shares")]
+    terms = list(dict.fromkeys(name for run in runs for name in run.names("shares")))
     lines = [
-        Series(name if len(runs) == 1 else f"{run.label}: {name}", _percent(run.training("shares", name)), i)
-        for i, (run, name) in enumerate(shares)
+        Series(
+            name if len(runs) == 1 else f"{run.label}: {name}",
+            _percent(run.training("shares", name)),
+            colour=term if len(runs) == 1 else i,
+            dash=term,
+        )
+        for i, run in enumerate(runs)
+        for term, name in enumerate(terms)
     ]
     title = "Gradient of each weighted term, relative to the pixel term's"
-    charts.append(line_chart(title, "training step", "norm relative to pixel (%)", lines))
+    log = _spans_a_decade(lines)
+    charts.append(line_chart(title, "training step", "norm relative to pixel (%)", lines, log=log))
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
@@ -251,7 +263,7 @@ def crops_section(runs: Sequence[Run]) -> str:
         return ""
     note = (
         "The two windows of each image are those that bicubic restores worst: the choice does not depend on any method. One pixel "
-        "is shown as three by three. PSNR is that of the whole image."
+        "of HR is shown as three by three. PSNR is that of the whole image."
     )
     box = '<input type="checkbox" id="errors">'
     switch = f"<label>{box} show the error against HR instead (mean over channels, × {crops.ERROR_GAIN})</label>"

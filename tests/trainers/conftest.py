@@ -90,7 +90,7 @@ def fake_run(tmp_path: Path) -> FakeRun:
         found: dict[str, Any] = {"name": path.name, "status": "done", "task": "sr", "scale": scale, "method": method}
         found |= {"steps": steps, "seconds": seconds, "seed": 0, "protocol": "sr-y", "batch": 8, "patch": 48}
         found |= {
-            "protocol_text": "Y of YCbCr (16 to 235), 8-bit rounding, a border of 2 pixels left out.",
+            "protocol_text": "sr-y: Y of YCbCr (16 to 235), 8-bit rounding, without a border of scale pixels",
             "sets": sets,
         }
         found |= {"student": network, "macs_for": "1280x720 output", "best": {"step": steps, "psnr": psnr}}

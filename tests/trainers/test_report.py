@@ -86,8 +86,11 @@ def test_table_holds_the_numbers_of_the_run(document: Document) -> None:
 
 
 def test_headline_and_protocol(document: Document) -> None:
-    assert "facd reaches 31.24 dB on photos: +1.37 dB over bicubic and 0.47 dB below its teacher." in document.text
-    assert "Protocol sr-y: Y of YCbCr (16 to 235), 8-bit rounding" in document.text
+    assert "facd reaches 31.24 dB on photos: 1.37 dB above bicubic and 0.47 dB below its teacher." in document.text
+    assert (
+        "Protocol sr-y: Y of YCbCr (16 to 235), 8-bit rounding, without a border of scale pixels. Means"
+        in document.text
+    )
     assert "1280x720 output" in document.text
     assert "What distillation itself gained cannot be read from it" in document.text
 
@@ -198,7 +201,7 @@ def test_interrupted_run_is_refused(fake_run) -> None:
 
 
 def test_chart_puts_points_where_the_axes_say() -> None:
-    chart = line_chart("t", "x", "y", [Series("a", [(0, 0), (50, 5), (100, 10)], 0)], levels=[Level("top", 10)])
+    chart = line_chart("t", "x", "y", [Series("a", [(0, 0), (50, 5), (100, 10)], 0, 0)], levels=[Level("top", 10)])
     document = Document(chart)
     points = next(value for tag, name, value in document.attributes if (tag, name) == ("polyline", "points"))
     (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points.split())
@@ -211,8 +214,10 @@ def test_chart_puts_points_where_the_axes_say() -> None:
 
 
 def test_chart_leaves_out_what_is_not_finite() -> None:
-    assert line_chart("t", "x", "y", [Series("a", [(1.0, float("nan"))], 0)]) == ""
-    chart = line_chart("t", "x", "y", [Series("a", [(1, 1.0), (2, float("inf")), (3, -1.0), (4, 100.0)], 0)], log=True)
+    assert line_chart("t", "x", "y", [Series("a", [(1.0, float("nan"))], 0, 0)]) == ""
+    chart = line_chart(
+        "t", "x", "y", [Series("a", [(1, 1.0), (2, float("inf")), (3, -1.0), (4, 100.0)], 0, 0)], log=True
+    )
     assert 'data-x="1 4"' in chart
 
 
