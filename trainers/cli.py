@@ -92,7 +92,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--protocol", default="sr-y", help="how to measure (default: sr-y)")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
-    compare = _command(commands, "compare", "put runs side by side in one report, and train those that are missing", _compare)
+    compare = _command(
+        commands, "compare", "put runs side by side in one report, and train those that are missing", _compare
+    )
     compare.add_argument("run_folders", type=Path, nargs="*", help="finished runs; or give --recipe and --methods")
     compare.add_argument("--recipe", help="a recipe of ours (demo) or a YAML file: train it once with each method")
     compare.add_argument("--methods", type=lambda text: text.split(","), help="with --recipe: scratch,facd")

@@ -80,15 +80,15 @@ TrainImages = Annotated[
 class Data(Section):
     """Images."""
 
-    train: TrainImages = PHOTOS
+    train: TrainImages = "photos"
     """Images to train on: photos (embedded photographs) or folders."""
-    val: list[ValSet] = [ValSet(name=PHOTOS, gt=PHOTOS)]
+    val: list[ValSet] = Field(default=[ValSet(name=PHOTOS, gt=PHOTOS)], min_length=1)
     """Sets to validate on; the best checkpoint is chosen on the first."""
-    patch: int = Field(96, ge=1)
+    patch: int = Field(default=96, ge=1)
     """Side of a training patch in pixels of the ground truth."""
-    batch: int = Field(16, ge=1)
+    batch: int = Field(default=16, ge=1)
     """Effective batch size: samples per optimiser step, over all micro-batches and devices."""
-    workers: int = Field(0, ge=0)
+    workers: int = Field(default=0, ge=0)
     """Processes that load images; the batches do not depend on it."""
 
 
@@ -97,25 +97,25 @@ class Train(Section):
 
     steps: int = Field(ge=1)
     """Optimiser steps."""
-    lr: float = Field(2.0e-4, gt=0)
+    lr: float = Field(default=2.0e-4, gt=0)
     """Highest learning rate."""
-    lr_min: float = Field(1.0e-6, ge=0)
+    lr_min: float = Field(default=1.0e-6, ge=0)
     """Learning rate at the end of a cosine schedule."""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(default=0, ge=0)
     """Steps in which the learning rate grows linearly from 0."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate over the steps after the warm-up."""
     optimizer: Literal["adam", "adamw"] = "adam"
     """Optimiser, with betas 0.9 and 0.999."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of the optimiser."""
-    clip: float | None = Field(None, gt=0)
+    clip: float | None = Field(default=None, gt=0)
     """Largest norm of the gradient; null leaves it as it is."""
     precision: Literal[32, "bf16"] = 32
     """Precision of the networks' forward pass: 32, or bf16 (autocast; losses and weights stay float32)."""
-    accumulate: int = Field(1, ge=1)
+    accumulate: int = Field(default=1, ge=1)
     """Micro-batches per step: 2 halves the memory and changes neither batch nor losses."""
-    ema: float | None = Field(0.999, ge=0, lt=1)
+    ema: float | None = Field(default=0.999, ge=0, lt=1)
     """Decay of the moving average of the student's weights, which is validated and shipped; null uses the last weights."""
     channels_last: bool = True
     """Memory layout of images and features; usually faster."""
@@ -123,26 +123,26 @@ class Train(Section):
     """Kind of device."""
     devices: Annotated[Annotated[int, Field(ge=1), Tag("number")] | Auto, shape_of("auto or a number")] = "auto"
     """Number of devices, or auto for all GPUs (one process on a CPU)."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Seed of the student's initialisation and of the data."""
-    save_every: int = Field(500, ge=1)
+    save_every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Checkpoints to keep besides the best."""
-    log_every: int = Field(50, ge=1)
+    log_every: int = Field(default=50, ge=1)
     """Steps between lines in metrics.jsonl."""
-    share_every: int = Field(250, ge=1)
+    share_every: int = Field(default=250, ge=1)
     """Steps between measurements of each term's share of the gradient."""
 
 
 class Val(Section):
     """Validation."""
 
-    every: int = Field(500, ge=1)
+    every: int = Field(default=500, ge=1)
     """Steps between validations; the last step is always validated."""
     protocol: Literal["sr-y"] = "sr-y"
     """How PSNR and SSIM are measured: colour space, range, rounding and border."""
-    save_images: int = Field(4, ge=0)
+    save_images: int = Field(default=4, ge=0)
     """Images per set kept in the run folder for the report."""
 
 

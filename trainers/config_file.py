@@ -51,6 +51,12 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def changes(before: Config, after: Config) -> list[str]:
+    """What differs between two configs: `train.lr: 0.001 -> 0.0001`."""
+    old, new = (_flat(config.model_dump(mode="json")) for config in (before, after))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Reading:
     """Reads as far as possible: what is faulty is reported and left out, so that the rest can be checked in the same run."""
     source = Source(path)
@@ -83,7 +89,7 @@ class Source:
         self.problems: list[str] = []
         self.overridden: dict[Key, str] = {}
         self.root: yaml.Node | None = None
-        self.loaded: Any = None
+        self.loaded: Any = None  # OmegaConf's tree
         try:
             text = path.read_text(encoding="utf-8")
             self.root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -108,7 +114,7 @@ class Source:
                 reading.problems.append(f"--set {text}: write it as --set key.of.the.config=value")
                 continue
             try:
-                parsed = OmegaConf.create(f"value: {value}")["value"]
+                parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
                 if dotted == "method.name":
                     self._change_method(str(parsed), reading)
                 OmegaConf.update(self.loaded, dotted, parsed, merge=False, force_add=True)
@@ -173,7 +179,8 @@ class Source:
     def place(self, key: Key) -> tuple[int, int]:
         """Line and column, from 1, of a key, or of its nearest parent that is written in the file."""
         node = self.root
-        mark = node.start_mark if node is not None else yaml.Mark("", 0, 0, 0, None, None)
+        assert node is not None  # a file that does not parse has no keys to look for
+        mark = node.start_mark
         for part in key:
             if isinstance(node, yaml.MappingNode):
                 found = [(name, value) for name, value in node.value if name.value == str(part)]
@@ -188,6 +195,13 @@ class Source:
         return mark.line + 1, mark.column + 1
 
 
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
 def _near(wrong: str, known: list[str]) -> str:
     close = difflib.get_close_matches(wrong, known, n=1)
     return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
@@ -197,19 +211,22 @@ def _without_tags(location: tuple[str | int, ...], tree: Any) -> Key:
     """A pydantic location as a key of the tree: the names of union members, which nobody wrote, are left out."""
     key: list[str | int] = []
     for part in location:
-        if (isinstance(tree, dict) and part in tree) or (isinstance(tree, list) and isinstance(part, int)):
+        try:
             tree = tree[part]
-            key.append(part)
+        except (KeyError, IndexError, TypeError):
+            continue
+        key.append(part)
     return tuple(key)
 
 
 def _remove(tree: Any, key: Key) -> bool:
     """Deletes a key of the tree; False if it is not there."""
+    parent: Any = tree
     for part in key[:-1]:
-        tree = tree[part]
-    if not key or not isinstance(tree, dict) or key[-1] not in tree:
+        parent = parent[part]
+    if not key or not isinstance(parent, dict) or key[-1] not in parent:
         return False
-    del tree[key[-1]]
+    del parent[key[-1]]
     return True
 
 

@@ -46,7 +46,7 @@ class Fixed(Section):
 
     value: float = Field(ge=0)
     """The factor on the loss term."""
-    ramp: int = Field(0, ge=0)
+    ramp: int = Field(default=0, ge=0)
     """Steps in which the weight grows linearly from 0; 0 = the full weight from the first step."""
 
 
@@ -55,7 +55,7 @@ class Share(Section):
 
     share: float = Field(gt=0)
     """Norm of the weighted term's gradient over the student's parameters, divided by that of the weighted pixel term."""
-    ramp: int = Field(0, ge=0)
+    ramp: int = Field(default=0, ge=0)
     """Steps in which the share grows linearly from 0; 0 = the full share from the first step."""
 
 

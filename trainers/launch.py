@@ -13,7 +13,7 @@ from torch import nn
 
 from trainers import methods, networks
 from trainers.config import Config, Train
-from trainers.config_file import load_config
+from trainers.config_file import changes, load_config
 from trainers.data.sets import TrainSet, open_train_set
 from trainers.errors import InputError
 from trainers.loop import Loop
@@ -33,7 +33,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     Raises:
         InputError, Diverged, Interrupted, SaveFailed: see their docstrings.
     """
-    return _run(config, lambda: RunFolder.create(config), console, resuming=False)
+    return _run(config, lambda: RunFolder.create(config), console or Console(stderr=True), resuming=False)
 
 
 def resume(path: Path, overrides: Sequence[str] = (), console: Console | None = None) -> Path:
@@ -42,11 +42,16 @@ def resume(path: Path, overrides: Sequence[str] = (), console: Console | None = 
     Raises:
         InputError, Diverged, Interrupted, SaveFailed: see their docstrings.
     """
-    config = load_config(path / "config.yaml", overrides)
+    console = console or Console(stderr=True)
+    if not (path / "config.yaml").is_file():
+        raise InputError(f"{path} is no run folder: it has no config.yaml; start one with kdtrain train")
+    before, config = load_config(path / "config.yaml"), load_config(path / "config.yaml", overrides)
+    for change in changes(before, config):
+        console.print(f"changed: {change}", markup=False, highlight=False, soft_wrap=True)
     return _run(config, lambda: RunFolder.open(path), console, resuming=True)
 
 
-def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console | None, *, resuming: bool) -> Path:
+def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console, *, resuming: bool) -> Path:
     fabric = make_fabric(config.train)
     fabric.launch()
     share = fabric.world_size * config.train.accumulate
@@ -58,9 +63,11 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console 
     folder = _on_first_rank(fabric, open_folder)
     try:
         loop = build_loop(fabric, config, folder, resuming=resuming)
-        shown = TrainingProgress(
-            console or Console(stderr=True), loop.position.step, config.train.steps, shown=fabric.is_global_zero
-        )
+        if fabric.is_global_zero:
+            folder.describe(
+                config
+            )  # not before all of the config has been used: a start that fails leaves no run behind
+        shown = TrainingProgress(console, loop.position.step, config.train.steps, shown=fabric.is_global_zero)
         with shown as progress:
             loop.run(progress)
         if fabric.is_global_zero:
@@ -103,24 +110,22 @@ def build_step(
     config: Config, student: nn.Module, train_set: TrainSet, device: torch.device, *, calibrate: bool
 ) -> TrainStep:
     """The TrainStep of a config, on the device; its adapters calibrated on the batch of step 0 if asked."""
-    layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     method = methods.build(config.method)
     needs = method.requirements()
-    student = student.to(device, memory_format=layout)
-    tapped = Tapped(student, networks.tap_paths(config.student) if needs.taps else {})
+    tapped = Tapped(_placed(student, config.train, device), networks.tap_paths(config.student) if needs.taps else {})
     teachers = {}
     for name in needs.teachers:
         assert config.teacher is not None  # config.contradictions saw to it
         teacher = networks.build_network(config.teacher, name).eval().requires_grad_(False)
         paths = networks.tap_paths(config.teacher) if needs.taps else {}
-        teachers[name] = Tapped(teacher.to(device, memory_format=layout), paths)
+        teachers[name] = Tapped(_placed(teacher, config.train, device), paths)
     adapters = None
     if needs.taps:
         (teacher_taps,) = teachers.values()
         first = train_set.sample(config.train.seed, 0, 0)[0][None].to(device)
         with torch.no_grad():
             adapters = Adapters(tapped(first)[1], teacher_taps(first)[1])
-        adapters = adapters.to(device, memory_format=layout)
+        _placed(adapters, config.train, device)
         if calibrate:
             batch = range(config.data.batch)
             samples = (train_set.sample(config.train.seed, 0, i)[0][None].to(device) for i in batch)
@@ -128,20 +133,28 @@ def build_step(
     return TrainStep(tapped, method, adapters, teachers).train()
 
 
+def _placed(module: nn.Module, train: Train, device: torch.device) -> nn.Module:
+    module.to(device)
+    # The keyword is missing from torch's type of Module.to.
+    return module.to(memory_format=torch.channels_last) if train.channels_last else module  # type: ignore[call-overload]
+
+
 def make_optimizer(train: Train, train_step: TrainStep) -> torch.optim.Optimizer:
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[train.optimizer]
+    kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
     return kind(train_step.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
 
 
 def _on_first_rank(fabric: Fabric, open_folder: Callable[[], RunFolder]) -> RunFolder:
     """The run folder, opened by the first rank; where that fails, all ranks fail together."""
-    folder, problems = None, None
+    folder: RunFolder | None = None
+    path, problems = Path(), []
     if fabric.is_global_zero:
         try:
             folder = open_folder()
+            path = folder.path
         except InputError as error:
             problems = error.problems
-    path, problems = fabric.broadcast((folder.path if folder else None, problems))
+    path, problems = fabric.broadcast((path, problems))
     if problems:
         raise InputError(problems)
     return folder or RunFolder(path)

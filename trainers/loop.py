@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning_fabric import Fabric
+from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -67,7 +68,7 @@ class Loop:
         fabric: Fabric,
         config: Config,
         train_step: TrainStep,
-        model: nn.Module,
+        model: _FabricModule,
         optimizer: Optimizer,
         train_set: TrainSet,
         validation: Validation,

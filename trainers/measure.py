@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from trainers.checkpoint import Checkpoints
 from trainers.config import ValSet
@@ -39,7 +41,10 @@ def measure(source: Path, data: list[str], lq: Path | None, protocol: str) -> di
     arch, options, network = network_of_weights(read_weights(str(weights)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = network.eval().to(device)
-    restorers = {"bicubic": partial(bicubic, scale=options.scale), "network": network}
+    restorers: dict[str, Callable[[Tensor], Tensor]] = {
+        "bicubic": partial(bicubic, scale=options.scale),
+        "network": network,
+    }
     sets = {}
     for text in data:
         entry = _entry(text, lq)

@@ -17,6 +17,7 @@ from trainers.config import Config
 from trainers.config_file import dump_config
 from trainers.errors import InputError
 
+LOCK = ".lock"
 PACKAGES = ("kdops", "torch", "triton", "lightning-fabric", "numpy", "pydantic", "safetensors", "scikit-image")
 
 
@@ -36,14 +37,13 @@ class RunFolder:
             InputError: it exists already.
         """
         folder = cls(Path(config.out) / config.name)
-        if folder.path.exists() and any(folder.path.iterdir()):
+        if folder.path.exists() and {path.name for path in folder.path.iterdir()} - {LOCK}:
             raise InputError(
                 f"{folder.path} holds a run already: go on with it (kdtrain resume {folder.path}), "
                 "choose another name (--set name=...), or remove it"
             )
         folder.path.mkdir(parents=True, exist_ok=True)
         folder._acquire()
-        folder.describe(config)
         return folder
 
     @classmethod
@@ -51,11 +51,9 @@ class RunFolder:
         """Locks the folder of an earlier run.
 
         Raises:
-            InputError: there is no run, or another process is working in it.
+            InputError: another process is working in it.
         """
         folder = cls(path)
-        if not (path / "config.yaml").is_file():
-            raise InputError(f"{path} is no run folder: it has no config.yaml; start one with kdtrain train")
         folder._acquire()
         return folder
 
@@ -96,7 +94,7 @@ class RunFolder:
         self._metrics = self._lock = None
 
     def _acquire(self) -> None:
-        self._lock = (self.path / ".lock").open("w")
+        self._lock = (self.path / LOCK).open("w")
         try:
             # A POSIX record lock: gone with this process however it ends, and not inherited by data workers.
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -57,6 +57,6 @@ def batches(
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group: the parent decides, workers go on until told. SIGTERM ends a worker at once."""
+    """Ctrl-C, or a scheduler's SIGTERM, reaches the whole process group: the parent decides, workers go on until told."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -45,7 +45,7 @@ class FACDOptions(MethodOptions):
     """Distance between features: mean absolute or mean squared difference."""
     adaptive: bool = True
     """Distil only the patches where the teacher is nearer to the ground truth than the student."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Temperature of InfoNCE, in units of the distance."""
 
 

@@ -1,0 +1,136 @@
+"""A run that was killed and resumed is the run that never stopped."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.trainers.tiny import assert_same_state, last_state, metrics, write_tiny
+from trainers.cli import main
+from trainers.run_folder import RunFolder
+
+KILLED_IN_STEP = """
+import os, signal, sys
+from trainers import cli, loop
+
+original = loop.Loop._step
+
+def step(self, lq, gt):
+    if self.position.step == {step}:
+        os.kill(os.getpid(), signal.{signal})
+    return original(self, lq, gt)
+
+loop.Loop._step = step
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def run_killed(step: int, with_signal: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """kdtrain in a process of its own, which receives the signal in the step after `step`."""
+    code = KILLED_IN_STEP.format(step=step, signal=with_signal)
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("method", ["scratch", "facd"])
+def test_killed_and_resumed_is_bit_equal(tmp_path: Path, method: str) -> None:
+    config = write_tiny(tmp_path, method, steps=40, save_every=20, log_every=5, accumulate=2)
+    runs = tmp_path / "runs"
+    weights = [] if method == "scratch" else ["--set", "method.weights.contrast={share: 0.1}"]
+    assert main(["train", str(config), *weights]) == 0
+    killed = run_killed(27, "SIGKILL", "train", str(config), "--set", "name=killed", *weights)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert metrics(runs / "killed")[-1]["step"] == 25  # logged after the checkpoint of step 20: must be cut back
+    assert main(["resume", str(runs / "killed")]) == 0
+    assert_same_state(last_state(runs / method), last_state(runs / "killed"))
+    assert metrics(runs / method) == metrics(runs / "killed")
+
+
+@pytest.mark.parametrize("with_signal", ["SIGINT", "SIGTERM"])
+def test_a_signal_saves_the_state(tmp_path: Path, with_signal: str) -> None:
+    config = write_tiny(tmp_path, steps=12, save_every=6, log_every=3)
+    runs = tmp_path / "runs"
+    assert main(["train", str(config)]) == 0
+    stopped = run_killed(4, with_signal, "train", str(config), "--set", "name=stopped")
+    assert stopped.returncode == 130, stopped.stderr
+    assert "step 5" in stopped.stderr
+    assert (runs / "stopped" / "checkpoints" / "last").read_text() == "step-000005\n"
+    assert main(["resume", str(runs / "stopped")]) == 0
+    assert_same_state(last_state(runs / "scratch"), last_state(runs / "stopped"))
+
+
+def test_sigterm_to_the_whole_group_saves_the_state(tmp_path: Path) -> None:
+    """A scheduler signals every process of a job, data workers too."""
+    config = write_tiny(tmp_path, steps=1_000_000, log_every=5)
+    command = [sys.executable, "-m", "trainers", "train", str(config), "--set", "data.workers=1"]
+    with subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True) as process:
+        lines = tmp_path / "runs" / "scratch" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not lines.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        subprocess.run(["kill", "-TERM", "--", f"-{process.pid}"], check=True)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert (tmp_path / "runs" / "scratch" / "checkpoints" / "last").is_file()
+
+
+def test_resume_reports_changes_and_takes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_tiny(tmp_path)
+    run = tmp_path / "runs" / "scratch"
+    assert main(["train", str(config)]) == 0
+    capsys.readouterr()
+    assert main(["resume", str(run), "--set", "train.steps=6", "--set", "train.lr=1.0e-4"]) == 0
+    said = capsys.readouterr()
+    assert "train.steps: 4 -> 6" in said.out + said.err
+    assert "train.lr: 0.001 -> 0.0001" in said.out + said.err
+    assert metrics(run)[-1]["step"] == 6
+    assert "steps: 6" in (run / "config.yaml").read_text()
+
+
+def test_resume_refuses_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_tiny(tmp_path)
+    assert main(["train", str(config)]) == 0
+    assert main(["resume", str(tmp_path / "runs" / "scratch"), "--set", "student.features=5"]) == 2
+    assert "does not fit" in capsys.readouterr().err
+    assert "features: 4" in (tmp_path / "runs" / "scratch" / "config.yaml").read_text()
+
+
+def test_an_existing_run_is_refused_with_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_tiny(tmp_path)
+    assert main(["train", str(config)]) == 0
+    before = last_state(tmp_path / "runs" / "scratch")
+    assert main(["train", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert "kdtrain resume" in said
+    assert "--set name=" in said
+    assert_same_state(before, last_state(tmp_path / "runs" / "scratch"))
+
+
+def test_two_processes_in_one_folder_are_refused(tmp_path: Path) -> None:
+    config = write_tiny(tmp_path)
+    assert main(["train", str(config)]) == 0
+    folder = RunFolder.open(tmp_path / "runs" / "scratch")
+    try:
+        # In a process of its own: the lock belongs to a process, not to an object.
+        command = [sys.executable, "-m", "trainers", "resume", str(folder.path)]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    finally:
+        folder.close()
+    assert second.returncode == 2
+    assert "in use by another" in second.stderr
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_resume_without_a_run_or_a_checkpoint(
+    tmp_path: Path, present: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    if present:
+        (run / "config.yaml").write_text(write_tiny(tmp_path).read_text().replace("gt: ", f"gt: {tmp_path}/"))
+    assert main(["resume", str(run)]) == 2
+    assert ("no checkpoint" if present else "run folder") in capsys.readouterr().err
