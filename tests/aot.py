@@ -1,0 +1,141 @@
+"""Compile every Triton kernel for GPUs that are not there, exactly as its launcher would, and print what each costs.
+
+The launchers run on meta tensors; where they would launch, the kernel is compiled for each target instead. So the arguments, their
+alignment and the constants are those of real launches. An op joins by adding a function to OPS.
+
+    python tests/aot.py [--all]     one JSON object for each kernel and target; must run without TRITON_INTERPRET
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends import backends
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)]
+if "amd" in backends:
+    TARGETS.append(GPUTarget("hip", "gfx942", 64))
+
+Calls = Iterator[Callable[[], Any]]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def contrast(everything: bool) -> Calls:
+    from kdops.contrast import triton as ops
+
+    def calls(b: int, k: int, f: int, dtype: torch.dtype, p: int) -> Calls:
+        x, y, grad = empty(b, f, dtype=dtype), empty(k, f, dtype=dtype), empty(b, k)
+        yield lambda: ops.pairwise_distance(x, y, p)
+        yield lambda: ops.pairwise_distance_backward(grad, x, y, p, True, True)
+        yield lambda: ops.pairwise_distance_backward(grad, x, y, p, True, False)
+
+    pairs = [(16, 16), (4, 4), (1, 1), (1, 16), (16, 4), (4, 16), (16, 1), (4, 1), (1, 4)]
+    for b, k in pairs if everything else pairs[:5]:
+        yield from calls(b, k, 147456, torch.bfloat16, 1)
+        yield from calls(b, k, 147456, torch.float32, 2)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16) if everything else ():
+            for p in (1, 2):
+                yield from calls(b, k, 147456, dtype, p)
+                yield from calls(b, k, 4099, dtype, p)
+    yield from calls(16, 16, 147456, torch.float32, 1)
+    yield from calls(16, 16, 4099, torch.float32, 1)  # rows that are not aligned
+    yield from calls(16, 16, 1, torch.float16, 2)
+
+
+OPS: dict[str, Callable[[bool], Calls]] = {"contrast": contrast}
+
+
+class _Driver:
+    """Enough of a driver for the compiler to believe in a GPU."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return TARGETS.index(self.target)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def cost(target: GPUTarget, compiled: Any) -> dict[str, int]:
+    """Registers of a thread, bytes that it spills to memory, and bytes of shared memory of a program."""
+    shared = {"shared": compiled.metadata.shared}
+    if target.backend == "hip":  # scalar registers that spill into vector registers touch no memory and are not counted
+        found = re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", compiled.asm["amdgcn"])
+        counts = {name: int(value) for name, value in found}
+        return {"registers": counts["vgpr_count"], "spills": counts["private_segment_fixed_size"], **shared}
+    suffix = "a" if target.arch >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernel.ptx").write_text(compiled.asm["ptx"])
+        command = [
+            get_ptxas(target.arch).path,
+            "-v",
+            f"-arch=sm_{target.arch}{suffix}",
+            "kernel.ptx",
+            "-o",
+            "kernel.cubin",
+        ]
+        said = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stderr
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", said))
+    return {"registers": int(re.findall(r"Used (\d+) registers", said)[0]), "spills": spills, **shared}
+
+
+def records(everything: bool) -> Iterator[dict[str, Any]]:
+    """Each different kernel that the calls of OPS launch, on each target; with "error" where it does not compile."""
+    launched: list[tuple[JITFunction[Any], tuple[Any, ...], dict[str, Any]]] = []
+    compile_as_launched = JITFunction.run
+
+    def note(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launched.append((kernel, args, kwargs))
+
+    for op, calls in OPS.items():
+        launched.clear()
+        JITFunction.run = note
+        for call in calls(everything):
+            call()
+        JITFunction.run = compile_as_launched
+        for target in TARGETS:
+            driver.set_active(_Driver(target))
+            seen = set()
+            for kernel, args, kwargs in launched:
+                record = {"op": op, "kernel": kernel.__name__, "target": f"{target.backend}:{target.arch}"}
+                constants = {p.name: a for p, a in zip(kernel.params, args, strict=False) if p.is_constexpr}
+                absent = [p.name for p, a in zip(kernel.params, args, strict=False) if a is None]
+                dtypes = [str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, Tensor)]
+                try:
+                    compiled = kernel.run(*args, grid=(1,), warmup=True, **kwargs)
+                    if compiled.hash in seen:
+                        continue
+                    seen.add(compiled.hash)
+                    result = cost(target, compiled)
+                except Exception as error:
+                    result = {"error": f"{type(error).__name__}: {error}"}
+                yield record | {"dtypes": dtypes, "constants": constants, "absent": absent} | result
+
+
+if __name__ == "__main__":
+    if triton.knobs.runtime.interpret:
+        sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    for found in records(everything="--all" in sys.argv):
+        print(json.dumps(found), flush=True)

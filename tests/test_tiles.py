@@ -1,0 +1,89 @@
+"""tiles.py is exact where Triton's interpreter is not, and the kernels use nothing else."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+import triton
+import triton.language as tl
+
+from kdops import tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALVES = (torch.bfloat16, torch.float16)
+KERNELS = sorted((Path(__file__).parents[1] / "kdops").glob("*/triton.py"))
+
+
+@triton.jit
+def _copy(source, target, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tiles.store(target + i, tiles.load(source + i, i < n), i < n)
+
+
+@triton.jit
+def _multiply(a, b, out, N: tl.constexpr):
+    i = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    product = tiles.dot(tl.load(a + i), tl.load(b + i))
+    tiles.store(out + i, product, i < N * N)
+
+
+def copied(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`values` through tiles.load and tiles.store, written as `dtype`."""
+    values = values.to(DEVICE)
+    out = torch.full_like(values, 7, dtype=dtype)
+    _copy[(triton.cdiv(len(values), 1024),)](values, out, len(values), 1024)
+    return out.cpu()
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in cast")  # NumPy on float32 values beyond float16
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_store_rounds_to_nearest_even(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (20_000,), generator=generator, dtype=torch.int64).to(torch.int32)
+    halfway = (torch.arange(0x3F80, 0x4080, dtype=torch.int32) << 16) | 0x8000  # between two bfloat16, odd and even
+    special = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 3.4e38, 1e-30, 65520.0])
+    values = torch.cat([bits.view(torch.float32), halfway.view(torch.float32), special])
+    torch.testing.assert_close(copied(values, dtype), values.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_half_survives_load_and_store(dtype: torch.dtype) -> None:
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    torch.testing.assert_close(copied(values, torch.float32), values.float(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(copied(values, dtype), values, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_dot_is_the_matrix_product(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(32, 32, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    out = torch.empty(32, 32, device=DEVICE)
+    _multiply[(1,)](a, b, out, 32)
+    torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
+
+
+def forbidden(source: str) -> list[str]:
+    """The calls in `source` that are wrong in the interpreter or not deterministic."""
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    names = [f"{f.value.id}.{f.attr}" for f in calls if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name)]
+    return [name for name in names if name in ("tl.dot", "tl.store") or name.startswith("tl.atomic")]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.parent.name)
+def test_kernels_use_tiles(path: Path) -> None:
+    found = forbidden(path.read_text())
+    assert not found, f"{path} calls {found}: use tiles.dot and tiles.store, and no float atomics"
+
+
+def test_the_ban_sees_what_it_bans() -> None:
+    assert KERNELS
+    assert forbidden("def f(p):\n    tl.store(p, tl.dot(1, 2))\n    tl.atomic_add(p, 1)") == [
+        "tl.store",
+        "tl.atomic_add",
+        "tl.dot",
+    ]
