@@ -70,34 +70,30 @@ KDOPS_INLINE void block_distances(const T* __restrict x, const T* __restrict y, 
 template <int P, typename T>
 KDOPS_INLINE T slope(T difference, T weight) {
   if constexpr (P == 2) return weight * (difference + difference);
-  return weight * static_cast<T>((difference > 0) - (difference < 0));
+  return __builtin_islessgreater(difference, T(0)) ? std::copysign(T(1), difference) * weight : T(0);
 }
 
 // Adds the gradients of I x K pairs to the tiles of those that are wanted.
 template <int P, int I, int K, bool NeedX, bool NeedY, typename T>
 KDOPS_INLINE void block_gradients(const T* __restrict x, const T* __restrict y, const T* __restrict weights, int64_t rows_y,
                                   TileShape shape, T* __restrict grad_x, T* __restrict grad_y) {
-  for (int64_t t = 0; t < shape.padded; t += kLanes<T>) {
-    T sum_x[I][kLanes<T>] = {}, sum_y[K][kLanes<T>] = {};
-    for (int i = 0; i < I; ++i) {
-      for (int k = 0; k < K; ++k) {
 #pragma omp simd
-        for (int64_t lane = 0; lane < kLanes<T>; ++lane) {
-          const T difference = x[i * shape.pitch + t + lane] - y[k * shape.pitch + t + lane];
-          const T gradient = slope<P>(difference, weights[i * rows_y + k]);
-          if constexpr (NeedX) sum_x[i][lane] += gradient;
-          if constexpr (NeedY) sum_y[k][lane] -= gradient;
-        }
+  for (int64_t t = 0; t < shape.padded; ++t) {
+    T sum_x[I] = {}, sum_y[K] = {};
+#pragma GCC unroll 4
+    for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k) {
+        const T difference = x[i * shape.pitch + t] - y[k * shape.pitch + t];
+        const T gradient = slope<P>(difference, weights[i * rows_y + k]);
+        sum_x[i] += gradient;
+        sum_y[k] -= gradient;
       }
     }
-    for (int i = 0; NeedX && i < I; ++i) {
-#pragma omp simd
-      for (int64_t lane = 0; lane < kLanes<T>; ++lane) grad_x[i * shape.pitch + t + lane] += sum_x[i][lane];
-    }
-    for (int k = 0; NeedY && k < K; ++k) {
-#pragma omp simd
-      for (int64_t lane = 0; lane < kLanes<T>; ++lane) grad_y[k * shape.pitch + t + lane] += sum_y[k][lane];
-    }
+#pragma GCC unroll 4
+    for (int i = 0; NeedX && i < I; ++i) grad_x[i * shape.pitch + t] += sum_x[i];
+#pragma GCC unroll 4
+    for (int k = 0; NeedY && k < K; ++k) grad_y[k * shape.pitch + t] += sum_y[k];
   }
 }
 

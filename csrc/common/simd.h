@@ -86,24 +86,41 @@ struct TileShape {
   int64_t pitch;
 };
 
+// Short pieces of many rows defeat the hardware's prefetcher, so that each row asks for the next one's lines.
+constexpr int64_t kLineBytes = 64;
+
 template <typename scalar_t, typename T>
 KDOPS_INLINE void load_tile(const scalar_t* __restrict from, int64_t row_stride, int64_t rows, TileShape shape, T* __restrict tile) {
+  constexpr int64_t line = kLineBytes / sizeof(scalar_t);
   for (int64_t row = 0; row < rows; ++row) {
     const scalar_t* __restrict source = from + row * row_stride;
+    const scalar_t* next = row + 1 < rows ? source + row_stride : from + shape.width;
     T* __restrict target = tile + row * shape.pitch;
+    int64_t t = 0;
+    for (; t + line <= shape.width; t += line) {
+      __builtin_prefetch(next + t);
 #pragma omp simd
-    for (int64_t t = 0; t < shape.width; ++t) target[t] = widen(source[t]);
-    for (int64_t t = shape.width; t < shape.padded; ++t) target[t] = 0;
+      for (int64_t i = 0; i < line; ++i) target[t + i] = widen(source[t + i]);
+    }
+    for (; t < shape.width; ++t) target[t] = widen(source[t]);
+    for (; t < shape.padded; ++t) target[t] = 0;
   }
 }
 
 template <typename scalar_t, typename T>
 KDOPS_INLINE void store_tile(const T* __restrict tile, TileShape shape, int64_t rows, scalar_t* __restrict to, int64_t row_stride) {
+  constexpr int64_t line = kLineBytes / sizeof(scalar_t);
   for (int64_t row = 0; row < rows; ++row) {
     const T* __restrict source = tile + row * shape.pitch;
     scalar_t* __restrict target = to + row * row_stride;
+    scalar_t* next = row + 1 < rows ? target + row_stride : to + shape.width;
+    int64_t t = 0;
+    for (; t + line <= shape.width; t += line) {
+      __builtin_prefetch(next + t, 1);
 #pragma omp simd
-    for (int64_t t = 0; t < shape.width; ++t) narrow(source[t], target[t]);
+      for (int64_t i = 0; i < line; ++i) narrow(source[t + i], target[t + i]);
+    }
+    for (; t < shape.width; ++t) narrow(source[t], target[t]);
   }
 }
 
