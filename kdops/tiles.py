@@ -4,7 +4,7 @@
 
 Only the `triton.py` modules import this, and they are imported at their first call: `import kdops` works without triton.
 
-Under TRITON_INTERPRET=1 a kernel runs on NumPy, which knows no bfloat16: casts truncate, subnormals go wrong, products multiply bit patterns.
+Under TRITON_INTERPRET=1 a kernel runs on NumPy, which has no bfloat16: casts truncate, subnormals go wrong, products multiply bits.
 Kernels therefore compute in float32 and go through `load`, `store` and `dot`; tests/test_tiles.py refuses the bare forms.
 """
 
