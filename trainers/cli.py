@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -49,6 +50,8 @@ def exit_code(error: Exception) -> tuple[int, str] | None:
         return 130, str(error)
     if isinstance(error, SaveFailed):
         return 1, str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 1, f"{error}: free some space, then kdtrain resume RUN goes on from the last checkpoint"
     if out_of_memory(error):
         return 3, f"{OUT_OF_MEMORY_ADVICE}\n({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return None

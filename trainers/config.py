@@ -133,6 +133,8 @@ class Train(Section):
     """Steps between lines in metrics.jsonl."""
     share_every: int = Field(default=250, ge=1)
     """Steps between measurements of each term's share of the gradient."""
+    tensorboard: bool = False
+    """Also write TensorBoard events, to <run>/events; needs kdops[tensorboard]."""
 
 
 class Val(Section):
@@ -215,6 +217,8 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
             )
     names = [entry.name for entry in data.val]
     found += [("data.val", f"two sets are called {name}") for name in sorted({n for n in names if names.count(n) > 1})]
-    if isinstance(method.weights.pixel, Share):
-        found.append(("method.weights.pixel", "shares are measured against the pixel term: give it a number"))
+    weights = dict(method.weights)
+    pixel = weights["pixel"]
+    if any(isinstance(weight, Share) for weight in weights.values()) and (isinstance(pixel, Share) or not pixel):
+        found.append(("method.weights.pixel", "shares are measured against the pixel term: give it a number above 0"))
     return found

@@ -14,6 +14,8 @@ from tests.trainers.tiny import STUDENT, TEACHER, tiny, write_images, write_tiny
 from trainers import cli
 from trainers.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def test_help_is_instant() -> None:
     """It imports neither torch nor anything else that is heavy."""

@@ -19,6 +19,8 @@ from trainers.cli import main
 from trainers.config import Train
 from trainers.ema import EMA
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def losses(run: Path) -> list[tuple[str, float]]:
     """All losses and shares of a run, in order."""

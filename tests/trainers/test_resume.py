@@ -14,6 +14,8 @@ from tests.trainers.tiny import assert_same_state, last_state, metrics, write_ti
 from trainers.cli import main
 from trainers.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 KILLED_IN_STEP = """
 import os, signal, sys
 from trainers import cli, loop
