@@ -4,12 +4,11 @@
 // and the loader picks the best one for the machine. What it calls must be KDOPS_INLINE, or it runs the baseline's code.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 #include <torch/headeronly/util/bit_cast.h>
 
 #include <cstdint>
-#include <type_traits>
+
+#include "tensors.h"
 
 #define KDOPS_INLINE inline __attribute__((always_inline))
 #define KDOPS_INLINE_LAMBDA __attribute__((always_inline))
@@ -24,12 +23,6 @@
 #endif
 
 namespace kdops {
-
-using BFloat16 = c10::BFloat16;
-using Half = c10::Half;
-
-template <typename scalar_t>
-using Accumulator = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
 
 // Numbers in 32 bytes: the widest block whose accumulators stay in registers with AVX2 as well as with AVX-512.
 template <typename T>
