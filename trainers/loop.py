@@ -14,7 +14,7 @@ from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainers.checkpoint import read_checkpoint
+from trainers.checkpoint import SaveFailed, read_checkpoint
 from trainers.config import Config
 from trainers.data.loader import batches
 from trainers.data.sets import TrainSet
@@ -160,9 +160,9 @@ class Loop:
         return seen[0] if len(seen) == 1 else torch.stack(seen).mean(dim=0)
 
     def _micro_batches(self, lq: Tensor, gt: Tensor) -> list[Batch]:
+        lq, gt = self.fabric.to_device((lq, gt))
         if self.config.train.channels_last:
             lq, gt = (image.contiguous(memory_format=torch.channels_last) for image in (lq, gt))
-        lq, gt = self.fabric.to_device((lq, gt))
         size = self.rows // self.config.train.accumulate
         shared = self._shared(lq, size) if self.train_step.method.requirements().batch_coupled else {}
         return [
@@ -185,10 +185,9 @@ class Loop:
         rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         if self.fabric.world_size == 1:
             return rows
-        gathered = self.fabric.all_gather(rows.contiguous())
-        assert isinstance(gathered, Tensor)
-        layout = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
-        return gathered.flatten(0, 1).contiguous(memory_format=layout)
+        gathered = rows.new_empty((self.fabric.world_size * len(rows), *rows.shape[1:]))
+        torch.distributed.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered.contiguous(memory_format=torch.channels_last) if self.config.train.channels_last else gathered
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         made = batches(
@@ -267,14 +266,27 @@ class Loop:
         )
 
     def save(self, *, best: bool = False) -> None:
-        """A checkpoint of everything that the next step depends on."""
+        """A checkpoint of everything that the next step depends on, written by the first rank.
+
+        Raises:
+            SaveFailed, on every rank: it could not be written. Diverged: the weights are not finite; nothing is written.
+        """
         randomness = gather_objects(self.fabric, random_state(self.fabric.device))
         if not all(bool(value.isfinite().all()) for value in self.train_step.student.parameters()):
             raise Diverged(
                 f"the student's weights are not finite after step {self.position.step}; nothing was saved of it"
             )
-        if not self.fabric.is_global_zero:
-            return
+        failure: SaveFailed | None = None
+        if self.fabric.is_global_zero:
+            try:
+                self._write_checkpoint(randomness, best)
+            except SaveFailed as error:
+                failure = error
+        failure = self.fabric.broadcast(failure)
+        if failure is not None:
+            raise failure
+
+    def _write_checkpoint(self, randomness: list[Any], best: bool) -> None:
         weights = {"student": self.train_step.student.state_dict()}
         if self.ema:
             weights["ema"] = self.ema.network.state_dict()
