@@ -21,6 +21,7 @@ from trainers.loop import Loop
 from trainers.progress import TrainingProgress
 from trainers.randomness import seed_everything
 from trainers.run_folder import RunFolder
+from trainers.signals import sigterm_interrupts
 from trainers.step import TrainStep
 from trainers.taps import Adapters, Tapped
 from trainers.validation import Validation, write_results
@@ -34,7 +35,8 @@ def train(config: Config, console: Console | None = None) -> Path:
     Raises:
         InputError, Diverged, Interrupted, SaveFailed: see their docstrings.
     """
-    return _run(config, lambda: RunFolder.create(config), console or Console(stderr=True), resuming=False)
+    with sigterm_interrupts():
+        return _run(config, lambda: RunFolder.create(config), console or Console(stderr=True), resuming=False)
 
 
 def resume(path: Path, overrides: Sequence[str] = (), console: Console | None = None) -> Path:
@@ -49,7 +51,8 @@ def resume(path: Path, overrides: Sequence[str] = (), console: Console | None = 
     before, config = load_config(path / "config.yaml"), load_config(path / "config.yaml", overrides)
     for change in changes(before, config):
         console.print(f"changed: {change}", markup=False, highlight=False, soft_wrap=True)
-    return _run(config, lambda: RunFolder.open(path), console, resuming=True)
+    with sigterm_interrupts():
+        return _run(config, lambda: RunFolder.open(path), console, resuming=True)
 
 
 def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console, *, resuming: bool) -> Path:
