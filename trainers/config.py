@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, Tag, model_validator
 
@@ -13,6 +13,10 @@ from trainers.models.edsr import EDSROptions
 
 TapName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Taps = Annotated[Auto | Annotated[dict[TapName, str], Tag("mapping")], shape_of("auto or {name: module.path, ...}")]
+
+
+Scale = Literal[2, 3, 4, 8]
+SCALES = get_args(Scale)
 
 
 class NetworkFields(Section):
@@ -157,7 +161,7 @@ class Config(Section):
     """Folder of run folders, relative to the current directory."""
     task: Literal["sr"] = "sr"
     """Task: sr is super-resolution of bicubically downscaled images."""
-    scale: Literal[2, 3, 4, 8] = 2
+    scale: Scale = 2
     """Upsampling factor."""
     data: Data = Data()
     """Images."""
@@ -175,9 +179,9 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _networks_have_the_scale(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        scale = given.get("scale", 2)
+        scale = given.get("scale", 2) if isinstance(given, dict) else None
+        if scale not in SCALES:
+            return given  # the scale itself is the mistake
         networks = {
             role: {"scale": scale, **given[role]}
             for role in ("teacher", "student")

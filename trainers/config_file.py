@@ -114,7 +114,8 @@ class Source:
                 reading.problems.append(f"--set {text}: write it as --set key.of.the.config=value")
                 continue
             try:
-                parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
+                written: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+                parsed = written["value"]
                 if dotted == "method.name":
                     self._change_method(str(parsed), reading)
                 OmegaConf.update(self.loaded, dotted, parsed, merge=False, force_add=True)

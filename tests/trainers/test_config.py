@@ -109,6 +109,8 @@ def test_the_method_block(tmp_path: Path, change: str, said: str) -> None:
         (["train.step=10"], "--set train.step=10: train.step: unknown key; did you mean steps?"),
         (["train.lr=fast"], "--set train.lr=fast: train.lr: Input should be a valid number"),
         (["train.ema=1"], "--set train.ema=1: train.ema: Input should be less than 1"),
+        (["scale=5"], "--set scale=5: scale: Input should be 2, 3, 4 or 8"),
+        (["train.lr=${nowhere}"], "nowhere"),
         (["train.steps"], "--set train.steps: write it as --set key.of.the.config=value"),
         (["name.first=x"], "--set name.first=x: "),
         (["data.val=[{name: a, gt: photos}, {name: a, gt: photos}]"], "data.val: two sets are called a"),
@@ -120,9 +122,16 @@ def test_what_an_override_breaks(tmp_path: Path, overrides: list[str], said: str
 
 
 def test_overrides_are_typed(tmp_path: Path) -> None:
-    overrides = ["train.lr=3e-4", "train.ema=null", "data.val[0].name=other", "method.weights.contrast={share: 0.1}"]
+    overrides = [
+        "train.lr=3e-4",
+        "train.warmup=${train.steps}",
+        "train.ema=null",
+        "data.val[0].name=other",
+        "method.weights.contrast={share: 0.1}",
+    ]
     config = load_config(write(tmp_path, GOOD + "data: {val: [{name: a, gt: photos}]}\n"), overrides)
     assert (config.train.lr, config.train.ema, config.data.val[0].name) == (3e-4, None, "other")
+    assert config.train.warmup == 10
     assert "train.lr: 0.0002 -> 0.0003" in changes(load_config(tmp_path / "run.yaml"), config)
 
 
