@@ -20,6 +20,7 @@ from trainers.data.loader import batches
 from trainers.data.sets import TrainSet
 from trainers.ema import EMA
 from trainers.errors import Diverged, InputError
+from trainers.loss_weights import LossWeights, gradient_norms, weighted_sum
 from trainers.methods import Batch
 from trainers.progress import TrainingProgress
 from trainers.randomness import random_state, restore_random_state
@@ -28,7 +29,6 @@ from trainers.schedule import learning_rate
 from trainers.signals import Interrupted, StopRequest
 from trainers.step import TrainStep
 from trainers.validation import Validation
-from trainers.weights import LossWeights, gradient_norms, weighted_sum
 
 STEPS_BETWEEN_AGREEMENTS = 10  # on several devices, how often all ask each other whether one was told to stop
 

@@ -8,11 +8,11 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from trainers.fields import Fixed, Section, Share, Weight
+from trainers.loss_weights import LossWeights, gradient_norms, weighted_sum
 from trainers.methods import Batch, build
 from trainers.methods.output import OutputOptions
 from trainers.step import TrainStep
 from trainers.taps import Tapped
-from trainers.weights import LossWeights, gradient_norms, weighted_sum
 
 
 class Terms(Section):
