@@ -31,9 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise  # a bug of ours: the traceback is what we need, and Python exits with 1
         code, message = known
         # On several devices all processes end together for these reasons; the first one says it.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or code not in (2, 4, 130):
+        if _is_first_process() or code not in (2, 4, 130):
             print(message, file=sys.stderr)
         return code
+
+
+def _is_first_process() -> bool:
+    """On several devices Fabric starts this command once for each."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if _is_first_process():
+        print(text)
 
 
 def exit_code(error: Exception) -> tuple[int, str] | None:
@@ -169,8 +179,8 @@ def _train(options: argparse.Namespace) -> int:
     from trainers.check import checked_config
     from trainers.launch import train
 
-    folder = train(checked_config(options.config, options.set, say=print))
-    print(f"done: {folder / 'report.html'}")
+    folder = train(checked_config(options.config, options.set, say=_say))
+    _say(f"done: {folder / 'report.html'}")
     return 0
 
 
@@ -178,7 +188,7 @@ def _resume(options: argparse.Namespace) -> int:
     from trainers.launch import resume
 
     folder = resume(options.run_folder, options.set)
-    print(f"done: {folder / 'report.html'}")
+    _say(f"done: {folder / 'report.html'}")
     return 0
 
 
@@ -191,16 +201,19 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from trainers.compare import compare, run_and_compare
     from trainers.errors import InputError
 
     if bool(options.run_folders) == bool(options.recipe) or bool(options.recipe) != bool(options.methods):
         raise InputError("give either run folders, or --recipe and --methods")
     if options.recipe:
-        report = run_and_compare(_recipe(options.recipe), options.methods, options.out, options.set)
+        console = Console(stderr=True, quiet=not _is_first_process())
+        report = run_and_compare(_recipe(options.recipe), options.methods, options.out, options.set, console)
     else:
         report = compare(options.run_folders, options.out)
-    print(f"done: {report}")
+    _say(f"done: {report}")
     return 0
 
 

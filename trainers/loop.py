@@ -150,7 +150,7 @@ class Loop:
             with self.fabric.no_backward_sync(self.model, enabled=index < len(parts) - 1):
                 losses = self.model(batch)
                 self.fabric.backward(weighted_sum(losses, weights) / len(parts))
-            seen.append(torch.stack([loss.detach() for loss in losses.values()]))
+            seen.append(torch.stack([losses[name].detach() for name in self.train_step.method.losses]))
         if train.clip is not None:
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=train.clip, error_if_nonfinite=False)
         self.optimizer.step()
@@ -185,8 +185,10 @@ class Loop:
         rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         if self.fabric.world_size == 1:
             return rows
-        gathered = rows.new_empty((self.fabric.world_size * len(rows), *rows.shape[1:]))
-        torch.distributed.all_gather_into_tensor(gathered, rows.contiguous())
+        rows = rows.contiguous()
+        everyones = [torch.empty_like(rows) for _ in range(self.fabric.world_size)]
+        torch.distributed.all_gather(everyones, rows)
+        gathered = torch.cat(everyones)
         return gathered.contiguous(memory_format=torch.channels_last) if self.config.train.channels_last else gathered
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
