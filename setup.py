@@ -80,7 +80,7 @@ def clones() -> int:
     """The KDOPS_CLONES that this compiler knows; 0 for none."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return 0
-    probe = "__attribute__((target_clones({}))) int twice(int x) {{ return 2 * x; }}"
+    probe = "template <typename T> __attribute__((target_clones({}))) T twice(T x) {{ return 2 * x; }}\nint two = twice(1);\n"
     return next((n for n, targets in CLONES.items() if compile_error(probe.format(targets)) is None), 0)
 
 
