@@ -63,11 +63,11 @@ KDOPS_INLINE void block_distances(const T* __restrict x, const T* __restrict y, 
   }
 }
 
-// weight * d|difference|^P / d difference; the sign is 0 at a tie and, as in torch, at NaN.
+// weight * d|difference|^P / d difference; as in torch, the sign is 0 at a tie and at NaN, and the product with it keeps a NaN weight.
 template <int P, typename T>
 KDOPS_INLINE T slope(T difference, T weight) {
   if constexpr (P == 2) return 2 * weight * difference;
-  return __builtin_islessgreater(difference, T(0)) ? std::copysign(T(1), difference) * weight : T(0);
+  return (__builtin_islessgreater(difference, T(0)) ? std::copysign(T(1), difference) : T(0)) * weight;
 }
 
 // Adds the gradients of I x K pairs to the tiles of those that are wanted.

@@ -103,11 +103,12 @@ __global__ void __launch_bounds__(kThreads) add_chunks(const float* partial, int
 
 // --- backward --------------------------------------------------------------------------------------------------------------------
 
-// weight * d|difference|^P / d difference, without the factor 2 of P = 2; 0 at a tie and, as in torch, at NaN.
+// weight * d|difference|^P / d difference, without the factor 2 of P = 2; as in torch, the sign is 0 at a tie and at NaN, and the
+// product with it keeps a NaN weight.
 template <int P>
 __device__ float slope(float difference, float weight) {
   if constexpr (P == 2) return weight * difference;
-  return fabsf(difference) > 0 ? copysignf(1.0f, difference) * weight : 0.0f;
+  return (fabsf(difference) > 0 ? copysignf(1.0f, difference) : 0.0f) * weight;
 }
 
 // One input as the kernel sees it within a batch; the weight of its row i and row k of the other is weights[i * weight_step + ...].
