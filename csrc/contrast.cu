@@ -1,8 +1,10 @@
-// Contrastive distances on CUDA: all pairs of a block of rows per reading, partial sums added in a fixed order, no atomics.
+// Contrastive distances on CUDA: all pairs of a block of rows per reading, partial sums added in a fixed order, no
+// atomics.
 //
-// Forward: a thread holds the pairs of 8 x 8 rows in registers and walks down the columns of a chunk; a block's sums are added by
-// shuffles, those of the chunks by a second kernel. Backward: a thread holds 8 rows of one column and walks over all rows of the
-// other input. Blocks that read the same columns are neighbours in the grid, so that they find them in the L2 cache.
+// Forward: a thread holds the pairs of 8 x 8 rows in registers and walks down the columns of a chunk; a block's sums
+// are added by shuffles, those of the chunks by a second kernel. Backward: a thread holds 8 rows of one column and
+// walks over all rows of the other input. Blocks that read the same columns are neighbours in the grid, so that they
+// find them in the L2 cache.
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -24,10 +26,11 @@ __host__ __device__ constexpr int64_t divide_up(int64_t value, int64_t by) {
   return (value + by - 1) / by;
 }
 
-// --- forward ---------------------------------------------------------------------------------------------------------------------
+// --- forward ---
 
-// Adds the first Count values over the 32 lanes of a warp. An exchange with the lane at distance Offset halves the number of values
-// that a lane is responsible for; afterwards its first max(Count / 32, 1) values are the sums from number `first` (returned) on.
+// Adds the first Count values over the 32 lanes of a warp. An exchange with the lane at distance Offset halves the
+// number of values that a lane is responsible for; afterwards its first max(Count / 32, 1) values are the sums from
+// number `first` (returned) on.
 template <int Count, int Offset = 16, int N>
 __device__ int add_over_warp(float (&values)[N]) {
   constexpr int half = Count > 1 ? Count / 2 : 1;
@@ -47,11 +50,12 @@ __device__ int add_over_warp(float (&values)[N]) {
   return first;
 }
 
-// partial[batch][chunk][i][k]: distance of x_i and y_k over the columns of the chunk. A block computes RX x kRows of them.
+// partial[batch][chunk][i][k]: distance of x_i and y_k over the columns of the chunk. A block computes RX x kRows of
+// them.
 template <typename scalar_t, int P, int RX>
 __global__ void __launch_bounds__(kThreads)
-    partial_distances(const scalar_t* x, Rows rows_of_x, const scalar_t* y, Rows rows_of_y, Problem problem, int64_t chunk,
-                      float* partial) {
+    partial_distances(const scalar_t* x, Rows rows_of_x, const scalar_t* y, Rows rows_of_y, Problem problem,
+                      int64_t chunk, float* partial) {
   const int64_t tiles_x = divide_up(problem.rows_x, RX), tiles_y = divide_up(problem.rows_y, kRows);
   const int64_t chunks = divide_up(problem.features, chunk);
   int64_t block = blockIdx.x;
@@ -93,7 +97,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads) add_chunks(const float* partial, int64_t chunks, int64_t pairs, int64_t count, float* result) {
+__global__ void __launch_bounds__(kThreads)
+    add_chunks(const float* partial, int64_t chunks, int64_t pairs, int64_t count, float* result) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;  // batch * pairs + pair
   if (n >= count) return;
   double sum = 0;
@@ -101,17 +106,18 @@ __global__ void __launch_bounds__(kThreads) add_chunks(const float* partial, int
   result[n] = static_cast<float>(sum);
 }
 
-// --- backward --------------------------------------------------------------------------------------------------------------------
+// --- backward ---
 
-// weight * d|difference|^P / d difference, without the factor 2 of P = 2; as in torch, the sign is 0 at a tie and at NaN, and the
-// product with it keeps a NaN weight.
+// weight * d|difference|^P / d difference, without the factor 2 of P = 2; as in torch, the sign is 0 at a tie and at
+// NaN, and the product with it keeps a NaN weight.
 template <int P>
 __device__ float slope(float difference, float weight) {
   if constexpr (P == 2) return weight * difference;
   return (fabsf(difference) > 0 ? copysignf(1.0f, difference) : 0.0f) * weight;
 }
 
-// One input as the kernel sees it within a batch; the weight of its row i and row k of the other is weights[i * weight_step + ...].
+// One input as the kernel sees it within a batch; the weight of its row i and row k of the other is weights[i *
+// weight_step + ...].
 template <typename scalar_t>
 struct Matrix {
   const scalar_t* values;
@@ -120,8 +126,8 @@ struct Matrix {
 
 // The gradient of R rows of `of`, from row `first` on, at one column per thread.
 template <int P, int R, typename scalar_t>
-__device__ void row_gradients(Matrix<scalar_t> of, Matrix<scalar_t> others, const float* weights, int64_t first, int64_t column,
-                              int64_t features, scalar_t* gradient, int64_t gradient_stride) {
+__device__ void row_gradients(Matrix<scalar_t> of, Matrix<scalar_t> others, const float* weights, int64_t first,
+                              int64_t column, int64_t features, scalar_t* gradient, int64_t gradient_stride) {
   __shared__ float staged[kStaged][R];
   const int64_t readable = min(column, features - 1);
   float value[R], sum[R] = {};
@@ -143,7 +149,8 @@ __device__ void row_gradients(Matrix<scalar_t> of, Matrix<scalar_t> others, cons
   }
 #pragma unroll
   for (int i = 0; i < R; ++i) {
-    if (first + i < of.rows && column < features) gradient[(first + i) * gradient_stride + column] = static_cast<scalar_t>(sum[i]);
+    if (first + i < of.rows && column < features)
+      gradient[(first + i) * gradient_stride + column] = static_cast<scalar_t>(sum[i]);
   }
 }
 
@@ -153,12 +160,14 @@ __host__ __device__ constexpr int64_t row_tiles(bool wanted, int64_t rows) {
 }
 
 template <typename scalar_t, int P>
-__global__ void __launch_bounds__(kThreads) gradients(Side<scalar_t> x, Side<scalar_t> y, const float* weights, Problem problem) {
+__global__ void __launch_bounds__(kThreads)
+    gradients(Side<scalar_t> x, Side<scalar_t> y, const float* weights, Problem problem) {
   const int64_t tiles_x = row_tiles(x.gradient, problem.rows_x), tiles_y = row_tiles(y.gradient, problem.rows_y);
   const int64_t column_tiles = divide_up(problem.features, kThreads);
   const int64_t tile = blockIdx.x % (tiles_x + tiles_y), rest = blockIdx.x / (tiles_x + tiles_y);
   const int64_t column = rest % column_tiles * kThreads + threadIdx.x, batch = rest / column_tiles;
-  const Matrix<scalar_t> in_x{x.values + batch * x.rows.batch_stride, x.rows.row_stride, problem.rows_x, problem.rows_y};
+  const Matrix<scalar_t> in_x{x.values + batch * x.rows.batch_stride, x.rows.row_stride, problem.rows_x,
+                              problem.rows_y};
   const Matrix<scalar_t> in_y{y.values + batch * y.rows.batch_stride, y.rows.row_stride, problem.rows_y, 1};
   weights += batch * problem.pairs();
   if (tile >= tiles_x) {
@@ -170,12 +179,13 @@ __global__ void __launch_bounds__(kThreads) gradients(Side<scalar_t> x, Side<sca
     if (problem.rows_x == 1) {
       row_gradients<P, 1>(in_x, in_y, weights, 0, column, problem.features, gradient, x.gradient_rows.row_stride);
     } else {
-      row_gradients<P, kRows>(in_x, in_y, weights, tile * kRows, column, problem.features, gradient, x.gradient_rows.row_stride);
+      row_gradients<P, kRows>(in_x, in_y, weights, tile * kRows, column, problem.features, gradient,
+                              x.gradient_rows.row_stride);
     }
   }
 }
 
-// --- launches --------------------------------------------------------------------------------------------------------------------
+// --- launches ---
 
 cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
@@ -186,24 +196,28 @@ cudaStream_t current_stream(const Tensor& t) {
 // Launches one-dimensional grids; an empty one is no work.
 template <typename... Parameters, typename... Arguments>
 void launch(cudaStream_t stream, int64_t blocks, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  STD_TORCH_CHECK(blocks <= INT32_MAX, "kdops: these tensors need a grid of ", blocks, " blocks, which is more than CUDA takes.");
+  STD_TORCH_CHECK(blocks <= INT32_MAX, "kdops: these tensors need a grid of ", blocks,
+                  " blocks, which is more than CUDA takes.");
   if (blocks == 0) return;
   kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(arguments...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 template <typename scalar_t, int P>
-void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows rows_of_y, const Problem& problem, Tensor& result) {
-  const int64_t chunk = std::max(kShortestChunk, divide_up(divide_up(problem.features, kMostChunks), kThreads) * kThreads);
+void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows rows_of_y, const Problem& problem,
+                      Tensor& result) {
+  const int64_t chunk =
+      std::max(kShortestChunk, divide_up(divide_up(problem.features, kMostChunks), kThreads) * kThreads);
   const int64_t chunks = divide_up(problem.features, chunk), count = problem.batches * problem.pairs();
   const Tensor partial = torch::stable::new_empty(result, {chunks * count});
   const bool single = problem.rows_x == 1;
   const int64_t tiles = divide_up(problem.rows_x, single ? 1 : kRows) * divide_up(problem.rows_y, kRows);
   const auto kernel = single ? partial_distances<scalar_t, P, 1> : partial_distances<scalar_t, P, kRows>;
   const auto stream = current_stream(x);
-  launch(stream, problem.batches * chunks * tiles, kernel, const_data<scalar_t>(x), rows_of_x, const_data<scalar_t>(y), rows_of_y,
-         problem, chunk, data<float>(partial));
-  launch(stream, divide_up(count, kThreads), add_chunks, const_data<float>(partial), chunks, problem.pairs(), count, data<float>(result));
+  launch(stream, problem.batches * chunks * tiles, kernel, const_data<scalar_t>(x), rows_of_x, const_data<scalar_t>(y),
+         rows_of_y, problem, chunk, data<float>(partial));
+  launch(stream, divide_up(count, kThreads), add_chunks, const_data<float>(partial), chunks, problem.pairs(), count,
+         data<float>(result));
 }
 
 template <typename scalar_t, int P>
@@ -215,7 +229,7 @@ void launch_gradients(const Side<scalar_t>& x, const Side<scalar_t>& y, const Te
 
 }  // namespace
 
-// --- operators -------------------------------------------------------------------------------------------------------------------
+// --- operators ---
 
 Tensor distance(const Tensor& x, const Tensor& y, int64_t p, Pairing pairing) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -230,8 +244,8 @@ Tensor distance(const Tensor& x, const Tensor& y, int64_t p, Pairing pairing) {
   return result;
 }
 
-std::tuple<Tensor, Tensor> distance_backward(const Tensor& grad, const Tensor& x, const Tensor& y, int64_t p, bool need_x,
-                                             bool need_y, Pairing pairing) {
+std::tuple<Tensor, Tensor> distance_backward(const Tensor& grad, const Tensor& x, const Tensor& y, int64_t p,
+                                             bool need_x, bool need_y, Pairing pairing) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Problem problem = pairing.problem(x, y, p);
   const FlatPair flat(x, 1, y, pairing.first_y);

@@ -37,7 +37,8 @@ struct Pairing {
     STD_TORCH_CHECK(x.dim() >= 1 && y.dim() == x.dim() - 1 + first_y && x.scalar_type() == y.scalar_type(),
                     "kdops: x and y do not fit together in dtype or number of axes.");
     for (int64_t axis = 1; axis < x.dim(); ++axis) {
-      STD_TORCH_CHECK(x.size(axis) == y.size(axis - 1 + first_y), "kdops: x and y differ in size along axis ", axis, " of x.");
+      STD_TORCH_CHECK(x.size(axis) == y.size(axis - 1 + first_y), "kdops: x and y differ in size along axis ", axis,
+                      " of x.");
     }
     STD_TORCH_CHECK(!matched() || x.size(0) == y.size(0), "kdops: anchor and others differ in batch size.");
     const int64_t features = count_features(x, 1);
@@ -65,7 +66,8 @@ inline Tensor empty_distances(const Tensor& x, const Tensor& y, Pairing pairing)
 
 // The upstream gradient (B, K), contiguous; throws unless it fits.
 inline Tensor weights(const Tensor& grad, const Tensor& x, const Problem& problem) {
-  STD_TORCH_CHECK(grad.scalar_type() == accumulator_dtype(x.scalar_type()), "kdops: the gradient has not the dtype of the distances.");
+  STD_TORCH_CHECK(grad.scalar_type() == accumulator_dtype(x.scalar_type()),
+                  "kdops: the gradient has not the dtype of the distances.");
   STD_TORCH_CHECK(grad.dim() == 2 && grad.numel() == problem.batches * problem.pairs(),
                   "kdops: the gradient has not the shape of the distances.");
   return torch::stable::contiguous(grad);
@@ -87,8 +89,8 @@ struct Side {
 
 // What each device implements.
 Tensor distance(const Tensor& x, const Tensor& y, int64_t p, Pairing pairing);
-std::tuple<Tensor, Tensor> distance_backward(const Tensor& grad, const Tensor& x, const Tensor& y, int64_t p, bool need_x,
-                                             bool need_y, Pairing pairing);
+std::tuple<Tensor, Tensor> distance_backward(const Tensor& grad, const Tensor& x, const Tensor& y, int64_t p,
+                                             bool need_x, bool need_y, Pairing pairing);
 
 // The operators, as kdops/contrast/spec.py declares them.
 
@@ -96,8 +98,8 @@ inline Tensor pairwise_distance(const Tensor& x, const Tensor& y, int64_t p) {
   return distance(x, y, p, kPairwise);
 }
 
-inline std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad, const Tensor& x, const Tensor& y, int64_t p,
-                                                             bool need_x, bool need_y) {
+inline std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad, const Tensor& x, const Tensor& y,
+                                                             int64_t p, bool need_x, bool need_y) {
   return distance_backward(grad, x, y, p, need_x, need_y, kPairwise);
 }
 
@@ -105,8 +107,9 @@ inline Tensor matched_distance(const Tensor& anchor, const Tensor& others, int64
   return distance(anchor, others, p, kMatched);
 }
 
-inline std::tuple<Tensor, Tensor> matched_distance_backward(const Tensor& grad, const Tensor& anchor, const Tensor& others, int64_t p,
-                                                            bool need_anchor, bool need_others) {
+inline std::tuple<Tensor, Tensor> matched_distance_backward(const Tensor& grad, const Tensor& anchor,
+                                                            const Tensor& others, int64_t p, bool need_anchor,
+                                                            bool need_others) {
   return distance_backward(grad, anchor, others, p, need_anchor, need_others, kMatched);
 }
 

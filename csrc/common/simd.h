@@ -1,7 +1,8 @@
 // What the CPU kernels share: one binary for every x86-64, and rows of any dtype as tiles of float or double.
 //
-// Kernels are plain loops that the compiler vectorises. A function marked KDOPS_CLONED is compiled for AVX-512, AVX2 and the baseline,
-// and the loader picks the best one for the machine. What it calls must be KDOPS_INLINE, or it runs the baseline's code.
+// Kernels are plain loops that the compiler vectorises. A function marked KDOPS_CLONED is compiled for AVX-512, AVX2
+// and the baseline, and the loader picks the best one for the machine. What it calls must be KDOPS_INLINE, or it runs
+// the baseline's code.
 #pragma once
 
 #include <torch/headeronly/util/bit_cast.h>
@@ -13,7 +14,8 @@
 #define KDOPS_INLINE inline __attribute__((always_inline))
 #define KDOPS_INLINE_LAMBDA __attribute__((always_inline))
 
-// setup.py finds out which spelling the compiler knows, if any. Without it one version is compiled, for the target of the compiler.
+// setup.py finds out which spelling the compiler knows, if any. Without it one version is compiled, for the target of
+// the compiler.
 #if KDOPS_CLONES == 1
 #define KDOPS_CLONED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #elif KDOPS_CLONES == 2
@@ -64,7 +66,8 @@ KDOPS_INLINE void narrow(float value, BFloat16& out) {
 KDOPS_INLINE void narrow(float value, Half& out) {
   const uint32_t bits = c10::bit_cast<uint32_t>(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Three cases, all rounding to nearest even: the hardware's adder rounds subnormal results, an integer carry the normal ones.
+  // Three cases, all rounding to nearest even: the hardware's adder rounds subnormal results, an integer carry the
+  // normal ones.
   const uint32_t subnormal = c10::bit_cast<uint32_t>(c10::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
@@ -72,7 +75,8 @@ KDOPS_INLINE void narrow(float value, Half& out) {
   out.x = static_cast<uint16_t>((magnitude >= 0x47800000u ? special : finite) | (bits >> 16 & 0x8000u));
 }
 
-// A tile holds `width` columns of every row as accumulator numbers, rows `pitch` apart, columns padded with zeros up to `padded`.
+// A tile holds `width` columns of every row as accumulator numbers, rows `pitch` apart, columns padded with zeros up to
+// `padded`.
 struct TileShape {
   int64_t width;   // columns that exist
   int64_t padded;  // the same, rounded up to whole lanes: what kernels loop over
@@ -83,7 +87,8 @@ struct TileShape {
 constexpr int64_t kLineBytes = 64;
 
 template <typename scalar_t, typename T>
-KDOPS_INLINE void load_tile(const scalar_t* __restrict from, int64_t row_stride, int64_t rows, TileShape shape, T* __restrict tile) {
+KDOPS_INLINE void load_tile(const scalar_t* __restrict from, int64_t row_stride, int64_t rows, TileShape shape,
+                            T* __restrict tile) {
   constexpr int64_t line = kLineBytes / sizeof(scalar_t);
   for (int64_t row = 0; row < rows; ++row) {
     const scalar_t* __restrict source = from + row * row_stride;
@@ -101,7 +106,8 @@ KDOPS_INLINE void load_tile(const scalar_t* __restrict from, int64_t row_stride,
 }
 
 template <typename scalar_t, typename T>
-KDOPS_INLINE void store_tile(const T* __restrict tile, TileShape shape, int64_t rows, scalar_t* __restrict to, int64_t row_stride) {
+KDOPS_INLINE void store_tile(const T* __restrict tile, TileShape shape, int64_t rows, scalar_t* __restrict to,
+                             int64_t row_stride) {
   constexpr int64_t line = kLineBytes / sizeof(scalar_t);
   for (int64_t row = 0; row < rows; ++row) {
     const T* __restrict source = tile + row * shape.pitch;

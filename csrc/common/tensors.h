@@ -30,7 +30,8 @@ inline ScalarType accumulator_dtype(ScalarType dtype) {
 // Calls run with a zero of the C++ type of `dtype`, which must be one of Types.
 template <typename... Types, typename Run>
 void for_dtype(ScalarType dtype, const Run& run) {
-  const bool known = ((dtype == torch::headeronly::CppTypeToScalarType<Types>::value ? (run(Types{}), true) : false) || ...);
+  const bool known =
+      ((dtype == torch::headeronly::CppTypeToScalarType<Types>::value ? (run(Types{}), true) : false) || ...);
   STD_TORCH_CHECK(known, "kdops: no kernel for ", torch::headeronly::toString(dtype), " on this device.");
 }
 

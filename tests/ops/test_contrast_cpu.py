@@ -71,6 +71,11 @@ def test_any_size_and_layout(
         torch.testing.assert_close(grad.double(), exact_grad, rtol=rounding, atol=rounding)
 
 
+def test_more_rows_than_one_task_takes() -> None:
+    x, y = torch.randn(150, 3, 11), torch.randn(70, 3, 11)
+    torch.testing.assert_close(ops.pairwise_distance(x, y, 1), reference.pairwise_distance(x, y, 1))
+
+
 @pytest.mark.parametrize("dtype", REDUCED, ids=str)
 def test_every_16_bit_number_is_read_exactly(dtype: torch.dtype) -> None:
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)[:, None]
