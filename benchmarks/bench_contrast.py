@@ -9,6 +9,7 @@ move and be done (from the spec), and the error against float64.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -93,8 +94,8 @@ def _cases() -> list[Case]:
     shapes = [("feature maps", "cpu", torch.float32, (16, 16), (64, 48, 48))]  # 147,456 features
     if CUDA:
         shapes += [
-            ("feature maps", "cuda", torch.float32, (16, 16), (64, 48, 48)),
             ("large bf16", "cuda", torch.bfloat16, (16, 64), (64, 256, 256)),
+            ("feature maps", "cuda", torch.float32, (16, 16), (64, 48, 48)),
         ]
     return [Case(f"{name} {device}", device, *rest, both) for name, device, *rest in shapes for both in (True, False)]
 
@@ -146,6 +147,8 @@ def test_row(benchmark: pytest.FixtureRequest, case: Case, provider: str) -> Non
         gflop_per_s=done / mine.median / 1e9,
         error=measure.relative_error([t.flatten(1) for t in got], truth(case)),
     )
+    # For `pytest -s` into a log: what was measured is kept when the run is cut short.
+    print(json.dumps({"case": str(case), "provider": provider, **benchmark.extra_info}), flush=True)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.device == "cpu"], ids=str)

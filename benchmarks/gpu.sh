@@ -22,8 +22,8 @@ step() { # step NAME SECONDS COMMAND...
 step machine 60 sh -c 'nvidia-smi; "$PYTHON" --version; "$PYTHON" -c "import torch, triton; print(torch.__version__, torch.version.cuda, triton.__version__)"'
 step build 150 env KDOPS_BUILD=cuda "$PYTHON" setup.py build_ext --inplace
 step info 60 "$PYTHON" -c 'import json, kdops; print(json.dumps(kdops.info(), indent=1))'
-step contract 180 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml="$out/contract.xml" tests/test_contract.py
+step contract 180 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml="$out/contract.xml" -k "cuda or triton" tests/test_contract.py
 step gpu_tests 120 "$PYTHON" -m pytest -q -p no:cacheprovider --junitxml="$out/gpu_tests.xml" --slow -m gpu tests
-step bench_contrast 180 "$PYTHON" -m pytest -q -p no:cacheprovider --benchmark-only --benchmark-json="$out/bench_contrast.json" \
+step bench_contrast 180 "$PYTHON" -m pytest -q -s -p no:cacheprovider --benchmark-only --benchmark-json="$out/bench_contrast.json" \
   -k cuda benchmarks/bench_contrast.py
 exit $failed
