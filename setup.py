@@ -32,7 +32,7 @@ else:
 
 MODES = {"auto": (), "cpu": ("cpu",), "cuda": ("cpu", "cuda"), "none": ()}  # what must succeed
 HEADERS = glob("csrc/**/*.h", recursive=True)
-STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-std=c++20", "-O3", "-g0"]  # of torch 2.11
+STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-std=c++20", "-O3"]  # of torch 2.11
 # No -ffast-math. These two only say that nobody reads errno or the floating-point exception flags.
 VECTORISED = ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fvisibility=hidden"]
 
@@ -95,7 +95,7 @@ def cpu_extension() -> tuple[Extension, dict[str, str]]:
         "kdops._C",
         sorted(glob("csrc/*.cpp")),
         depends=HEADERS,
-        extra_compile_args=[*STABLE_ABI, *VECTORISED, f"-DKDOPS_CLONES={chosen}"],
+        extra_compile_args=[*STABLE_ABI, *VECTORISED, "-g0", f"-DKDOPS_CLONES={chosen}"],
         py_limited_api=True,
     )
     return extension, {
@@ -170,9 +170,10 @@ class Build(BuildExtension):
         self.record[name] = {"built": False, "reason": reason}
 
     def build_extensions(self) -> None:
-        wanted, built = self.extensions, []
+        wanted, built, objects = self.extensions, [], self.build_temp
         for extension in wanted:
             self.extensions = [extension]  # one at a time: torch's checks for CUDA must not stop the CPU extension
+            self.build_temp = str(Path(objects, extension.name))  # contrast.cpp and contrast.cu both make a contrast.o
             try:
                 super().build_extensions()
                 built.append(extension)

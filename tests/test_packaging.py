@@ -116,11 +116,16 @@ def undefined_symbols(path: Path) -> list[str]:
     return [line.split(maxsplit=1)[1] for line in lines if " U " in line]
 
 
+def outside_the_stable_abi(symbols: list[str]) -> list[str]:
+    """Symbols of torch's C++ and of Python, which change from version to version."""
+    return [name for name in symbols if re.search(r"\b(c10|at|torch)::|\bPy_?[A-Z]", name)]
+
+
 @needs_extension
 def test_the_extension_uses_only_the_stable_abi() -> None:
     symbols = undefined_symbols(EXTENSION)
     assert any("aoti_torch_" in name for name in symbols)  # nm was understood
-    assert [name for name in symbols if re.search(r"\b(c10|at|torch|Py\w*)::|\bPy_?[A-Z]", name)] == []
+    assert outside_the_stable_abi(symbols) == []
 
 
 @needs_extension
@@ -161,6 +166,50 @@ def test_cuda_files_compile_without_spills(source: Path, tmp_path: Path) -> None
     usage = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     assert usage, done.stderr
     assert set(usage) == {("0", "0", "0")}, done.stderr  # a stack frame is an array that did not fit registers
+
+
+PRETEND_CUDA = """
+import os, sys, torch
+torch.version.cuda = os.environ["RELEASE"]
+from torch.utils import cpp_extension
+cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
+sys.argv = ["setup.py", "build_ext", "--inplace"]
+exec(open("setup.py").read())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA: the real build shows it")
+def test_the_cuda_extension_builds_as_it_would_beside_a_cuda_torch(checkout: Path) -> None:
+    """The whole build with nvcc, its flags and its record, against empty libraries in place of torch's for CUDA."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("nvcc is not installed")
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+\.\d+)", said)
+    assert release, said
+    home = Path(f"/usr/local/cuda-{release[1]}")
+    if not home.is_dir():
+        pytest.skip(f"CUDA is not at {home}")
+    for name in ("c10_cuda", "torch_cuda", "cudart"):
+        subprocess.run(["cc", "-shared", "-x", "c", "/dev/null", "-o", checkout / f"lib{name}.so"], check=True)
+    (checkout / "pretend_cuda.py").write_text(PRETEND_CUDA)
+    environment = {
+        **os.environ,
+        "KDOPS_BUILD": "cuda",
+        "RELEASE": release[1],
+        "CUDA_HOME": str(home),
+        "TORCH_CUDA_ARCH_LIST": "9.0",
+        "LDFLAGS": f"-L{checkout}",
+    }
+    done = subprocess.run(
+        [sys.executable, "pretend_cuda.py"], cwd=checkout, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert record(checkout)["cpu"]["built"]
+    assert record(checkout)["cuda"]["built"]
+    for file in ("_C.abi3.so", "_C_cuda.abi3.so"):
+        assert outside_the_stable_abi(undefined_symbols(checkout / "kdops" / file)) == []
 
 
 @pytest.mark.slow
