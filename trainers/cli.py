@@ -18,6 +18,9 @@ OUT_OF_MEMORY_ADVICE = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; what went wrong is one message on stderr."""
+    # libgomp's threads spin for milliseconds at every barrier; where another process holds a core, each then waits for the scheduler.
+    # Spinning less costs a few percent on an idle machine (2 cores: 100 -> 97 steps/s) and is 5 times faster beside one busy process.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch loads libgomp, which is after this
     options = parser().parse_args(arguments)
     try:
         code: int = options.run(options)
