@@ -188,15 +188,16 @@ def test_04_inductor(case: Case) -> None:
 
 @first_sample
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_05_autocast_runs_distances_in_float32(case: Case, dtype: torch.dtype) -> None:
+def test_05_autocast_runs_in_the_stated_dtype(case: Case, dtype: torch.dtype) -> None:
+    stated = {"float32": torch.float32, "autocast": torch.bfloat16}[case.spec.autocast]
     given = case.inputs(dtype)
-    mixed = [given[0].detach().float(), *given[1:]]  # a teacher outside autocast beside a student under it
-    wide = [t.detach().float() for t in given]
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    mixed = [given[0].detach().to(other), *given[1:]]  # a teacher outside autocast beside a student under it
     with torch.autocast(case.device, dtype=torch.bfloat16):
         out, of_mixed = case.call(*given), case.call(*mixed)
-    assert out.dtype == torch.float32
-    torch.testing.assert_close(out, case.call(*wide), rtol=0, atol=0)
-    torch.testing.assert_close(of_mixed, case.call(*wide), rtol=0, atol=0)
+    assert out.dtype == of_mixed.dtype == stated
+    for result, tensors in ((out, given), (of_mixed, mixed)):
+        torch.testing.assert_close(result, case.call(*(t.detach().to(stated) for t in tensors)), rtol=0, atol=0)
     for grad, t in zip(torch.autograd.grad(out.sum(), given), given, strict=True):
         assert grad.dtype == t.dtype
 
@@ -358,8 +359,11 @@ def test_14_extreme_values_behave_as_in_the_reference(case: Case, extreme: str) 
     given = [EXTREMES[extreme](t).detach().requires_grad_() for t in case.inputs()]
     out, grads = case.gradients(given)
     eager_out, eager_grads = case.gradients(given, backend="reference")
-    for mine, eager in zip((out, *grads), (eager_out, *eager_grads), strict=True):
-        torch.testing.assert_close(mine, eager, equal_nan=True, rtol=1e-4, atol=1e-30)
+    torch.testing.assert_close(out, eager_out, equal_nan=True, rtol=1e-4, atol=1e-30)
+    # A gradient that is zero but for rounding (of a softmax over constant values) is measured by the largest one.
+    largest = max((float(g[g.isfinite()].abs().amax()) for g in eager_grads if g.isfinite().any()), default=0.0)
+    for mine, eager in zip(grads, eager_grads, strict=True):
+        torch.testing.assert_close(mine, eager, equal_nan=True, rtol=1e-4, atol=max(1e-30, 1e-6 * largest))
 
 
 # 15 --------------------------------------------------------------------------------------------------------------------
@@ -377,6 +381,6 @@ def test_15_bad_input_is_said(case: Case) -> None:
     with pytest.raises(ValueError, match="one device"):
         case.call(given[0].to("meta"), *given[1:])
     with pytest.raises(ValueError, match="but they must be"):
-        case.call(given[0][..., :-1], *given[1:])
+        case.call(given[0].flatten(), *given[1:])
     with pytest.raises(ValueError, match="no such backend"):
         case.call(*given, backend="gpu")
