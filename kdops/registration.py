@@ -36,7 +36,7 @@ def define(
         for key in ("CPU", "CUDA"):
             LIBRARY.impl(f"{name}_triton", _lazy(triton_module, name), key)
     if cpu_module:
-        LIBRARY.impl(name, _lazy(cpu_module, name), "CPU")
+        LIBRARY.impl(name, _in_given_dtypes(_lazy(cpu_module, name)), "CPU")
 
 
 def op(name: str, suffix: str = "") -> Op:
@@ -73,5 +73,17 @@ def _lazy(module: str, function: str) -> Op:
             with torch.cuda.device(device):
                 return kernel(*args)
         return kernel(*args)
+
+    return call
+
+
+def _in_given_dtypes(implementation: Op) -> Op:
+    """Autocast reaches the torch operators within an implementation in Python: the public function has chosen the dtype before."""
+
+    def call(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return implementation(*args)
+        with torch.autocast("cpu", enabled=False):
+            return implementation(*args)
 
     return call
