@@ -9,6 +9,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/dtypes.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 #include "contrast.h"
@@ -217,28 +218,6 @@ void choose_gradients(const Side<scalar_t>& x, const Side<scalar_t>& y, const Ac
   if (x.gradient && y.gradient) return gradients<scalar_t, P, true, true>(x, y, weights, problem);
   if (x.gradient) return gradients<scalar_t, P, true, false>(x, y, weights, problem);
   if (y.gradient) return gradients<scalar_t, P, false, true>(x, y, weights, problem);
-}
-
-// Calls run with a value of the C++ type of the dtype.
-template <typename Run>
-void for_dtype(ScalarType dtype, const Run& run) {
-  switch (dtype) {
-    case ScalarType::Float: return run(float{});
-    case ScalarType::Double: return run(double{});
-    case ScalarType::BFloat16: return run(BFloat16{});
-    case ScalarType::Half: return run(Half{});
-    default: STD_TORCH_CHECK(false, "kdops: the CPU kernels take float32, float64, bfloat16 and float16, but not ", toString(dtype), ".");
-  }
-}
-
-template <typename T>
-T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-template <typename T>
-const T* const_data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
 }
 
 // --- operators -------------------------------------------------------------------------------------------------------------------
