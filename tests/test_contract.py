@@ -32,8 +32,9 @@ def test_backend_is_here(spec: kdops.dispatch.OpSpec, backend: str, reason: str)
 
 # 1 ---------------------------------------------------------------------------------------------------------------------
 
-# Beside twice the eager error, a kernel may be off by a few roundings of its result.
-FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES}
+# Beside twice the eager error, a kernel may be off by a few roundings of its result. In float64 the eager error cannot be
+# measured, because the truth is eager too: there the floor stands for both.
+FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES} | {torch.float64: 1e-13}
 
 
 @pytest.fixture
