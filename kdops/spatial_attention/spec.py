@@ -13,7 +13,9 @@ from .. import dispatch, registration
 from ..dispatch import Backend, OpSpec, Sample
 from . import reference
 
-NO_DOUBLE_BACKWARD = "its kernels recompute the weights instead of keeping them, and have no formula for the second derivative"
+NO_DOUBLE_BACKWARD = (
+    "its kernels recompute the weights instead of keeping them, and have no formula for the second derivative"
+)
 
 FORWARD = "(Tensor query, Tensor key, Tensor? value, float? scale, bool over_query) -> (Tensor, Tensor)"
 BACKWARD = (
