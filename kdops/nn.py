@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .contrast import contrastive_ratio, matched_distance, pairwise_distance
+from .spatial_attention import spatial_attention
 
 
 class PairwiseDistance(nn.Module):
@@ -50,3 +51,14 @@ class ContrastiveRatio(nn.Module):
             reduction=self.reduction,
             backend=self.backend,
         )
+
+
+class SpatialAttention(nn.Module):
+    """`kdops.spatial_attention` as a module: query (B, C, *Sq), key (B, C, *Sk), value (B, Cv, *Sk) -> (B, Cv, *Sq)."""
+
+    def __init__(self, *, scale: float | None = None, normalize: str = "key", backend: str = "auto") -> None:
+        super().__init__()
+        self.scale, self.normalize, self.backend = scale, normalize, backend
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return spatial_attention(query, key, value, scale=self.scale, normalize=self.normalize, backend=self.backend)

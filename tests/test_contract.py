@@ -363,7 +363,8 @@ def test_14_extreme_values_behave_as_in_the_reference(case: Case, extreme: str) 
     out, grads = case.gradients(given)
     eager_out, eager_grads = case.gradients(given, backend="reference")
     exact_out, exact_grads = case.gradients([t.detach().double().requires_grad_() for t in given], backend="reference")
-    # What is zero but for rounding (the gradient of a softmax over constant values) is measured by eager's own error and the largest gradient.
+    # What is zero but for rounding (the gradient of a softmax over constant values) is measured by eager's own error
+    # and by the largest gradient.
     largest = max((float(g[g.isfinite()].abs().amax()) for g in eager_grads if g.isfinite().any()), default=0.0)
     for mine, eager, exact in zip((out, *grads), (eager_out, *eager_grads), (exact_out, *exact_grads), strict=True):
         error = (eager - exact)[eager.isfinite() & exact.isfinite()].abs()
