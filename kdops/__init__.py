@@ -5,6 +5,7 @@ Importing never needs a GPU, triton or a compiler. What runs where is said by `i
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .affinity import affinity_distance
 from .channel_attention import channel_attention, channel_attention_distance
 from .contrast import contrastive_ratio, matched_distance, pairwise_distance
 from .dispatch import backend, explain, info
@@ -17,6 +18,7 @@ except PackageNotFoundError:  # used from a source tree that is not installed
 
 __all__ = [
     "__version__",
+    "affinity_distance",
     "backend",
     "channel_attention",
     "channel_attention_distance",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import layout
 from ..difference import difference_
+from ..layout import GradientColumns
 
 TILE = 2**18  # numbers of a map in a tile: 1 MiB in float32, for the L2 caches of two cores
 NARROWEST = 256  # columns of a tile
@@ -49,11 +49,11 @@ def channel_attention_backward(
     """The gradients of query, key and value; where the value is the key (None), the key's holds both."""
     shared, value = value is None, key if value is None else value
     upstream, values = _matrices(grad, heads), _matrices(value, heads)
-    of_query, of_key = _Gradient(query, need_query, heads), _Gradient(key, need_key, heads)
-    of_value = _Gradient(value, need_value, heads)
+    of_query, of_key = GradientColumns(query, need_query), GradientColumns(key, need_key)
+    of_value = GradientColumns(value, need_value)
     as_value = of_key if shared else of_value
     if as_value.needed:
-        _multiply(attention.mT, upstream, as_value.maps)
+        _multiply(attention.mT, upstream, _heads(as_value.columns, heads))
     if need_query or need_key:
         grad_logits = _through_softmax(attention, _gram(upstream, values), _factor(query, scale))
         _to_query_and_key(grad_logits, query, key, of_query, of_key, onto_key=shared)
@@ -89,8 +89,8 @@ def channel_attention_distance_backward(
     """The gradients of query, key, value and target, by one sweep over value and target that forms the residual again."""
     shared, value = value is None, key if value is None else value
     values, targets = _matrices(value, heads), _matrices(target, heads)
-    of_query, of_key = _Gradient(query, need_query, heads), _Gradient(key, need_key, heads)
-    of_value, of_target = _Gradient(value, need_value, heads), _Gradient(target, need_target, heads)
+    of_query, of_key = GradientColumns(query, need_query), GradientColumns(key, need_key)
+    of_value, of_target = GradientColumns(value, need_value), GradientColumns(target, need_target)
     as_value = of_key if shared else of_value
     slope = (2 * grad)[:, None, None, None].expand(*attention.shape[:2], 1, 1)  # of the square
     to_value = slope * attention.mT
@@ -100,9 +100,9 @@ def channel_attention_distance_backward(
         if need_query or need_key:
             grad_attention[tile[:2]].baddbmm_(residual, _wide(values[tile]).mT)
         if as_value.needed:
-            _multiply_tile(to_value[tile[:2]], residual, as_value.maps[tile])
+            _multiply_tile(to_value[tile[:2]], residual, _heads(as_value.columns, heads)[tile])
         if need_target:
-            of_target.maps[tile] = residual * -slope[tile[:2]]
+            _heads(of_target.columns, heads)[tile] = residual * -slope[tile[:2]]
     if need_query or need_key:
         grad_logits = _through_softmax(attention, slope * grad_attention, _factor(query, scale))
         _to_query_and_key(grad_logits, query, key, of_query, of_key, onto_key=shared)
@@ -129,14 +129,20 @@ def _through_softmax(attention: Tensor, grad_attention: Tensor, scale: float) ->
 
 
 def _to_query_and_key(
-    grad_logits: Tensor, query: Tensor, key: Tensor, of_query: _Gradient, of_key: _Gradient, *, onto_key: bool
+    grad_logits: Tensor,
+    query: Tensor,
+    key: Tensor,
+    of_query: GradientColumns,
+    of_key: GradientColumns,
+    *,
+    onto_key: bool,
 ) -> None:
     """Through the Gram matrix; `onto_key` adds to what the gradient of the key already holds."""
     heads = grad_logits.shape[1]
     if of_query.needed:
-        _multiply(grad_logits, _matrices(key, heads), of_query.maps)
+        _multiply(grad_logits, _matrices(key, heads), _heads(of_query.columns, heads))
     if of_key.needed:
-        _multiply(grad_logits.mT, _matrices(query, heads), of_key.maps, onto=onto_key)
+        _multiply(grad_logits.mT, _matrices(query, heads), _heads(of_key.columns, heads), onto=onto_key)
 
 
 # --- maps and tiles --------------------------------------------------------------------------------------------------------------
@@ -146,20 +152,13 @@ def _matrices(maps: Tensor, heads: int) -> Tensor:
     """(B, C, *S) as (B, heads, C / heads, N): a view, or a copy where positions overlap or are not a fixed stride apart."""
     if 0 in maps.stride():
         maps = maps.contiguous()
-    matrices: Tensor = maps.flatten(2).unflatten(1, (heads, maps.shape[1] // heads))
+    return _heads(maps.flatten(2), heads)
+
+
+def _heads(columns: Tensor, heads: int) -> Tensor:
+    """(B, C, N) as (B, heads, C / heads, N)."""
+    matrices: Tensor = columns.unflatten(1, (heads, columns.shape[1] // heads))
     return matrices
-
-
-class _Gradient:
-    """The gradient of one input, with its dense strides, written through `maps`; empty where nobody needs it."""
-
-    def __init__(self, like: Tensor, needed: bool, heads: int) -> None:
-        self.needed = needed
-        self.result = torch.empty_like(like) if needed else like.new_empty(0)
-        self.maps = _matrices(self.result, heads) if needed else self.result
-
-    def finish(self) -> Tensor:
-        return layout.settle(self.result, self.maps)
 
 
 def _wide(t: Tensor) -> Tensor:

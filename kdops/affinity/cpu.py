@@ -1,0 +1,123 @@
+"""The affinity distance on the CPU, in two forms.
+
+By tiles, in C++ (csrc/affinity.cpp): O(N^2 C), each tile of the N x N matrices made, used and forgotten in cache.
+
+By Grams (p=2, many positions): O(N C^2), by torch's matrix products over strips of columns. With S and T the normalised columns of student
+and teacher, the distance is ||S S^T||^2 - 2 ||S T^T||^2 + ||T T^T||^2 and its gradient 4 (S S^T S - S T^T T). Both are small differences of
+large numbers where the networks agree, hence float64: features that differ by 1e-4 still leave eight digits, and equal ones give 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..layout import GradientColumns
+from ..registration import LIBRARY, op
+from .reference import normalised, norms
+from .spec import by_grams
+
+# Normalised columns (B, C, N) -> (B,) float64; backward: sum_j slope(D_ij) column_j as (B, N padded, C padded), or (0,) if not needed.
+LIBRARY.define("affinity_tiles(Tensor student, Tensor teacher, int p) -> Tensor")
+LIBRARY.define(
+    "affinity_tiles_backward(Tensor student, Tensor teacher, int p, bool need_student, bool need_teacher) -> (Tensor, Tensor)"
+)
+
+STRIP = 2**17  # numbers in a strip of columns: 1 MiB in float64
+
+
+def affinity_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> Tensor:
+    """-> (B,) float32, or float64 for float64 inputs: the sum over all pairs of positions."""
+    if by_grams(student, teacher, p):
+        ss, st, tt = _grams(student, teacher, eps)
+        distance = _squares(ss) - 2 * _squares(st) + _squares(tt)
+        distance = distance.clamp(min=0)  # rounding may leave a tiny negative number
+    else:
+        distance = op("affinity_tiles")(normalised(student, eps), normalised(teacher, eps), p)
+    return distance.to(torch.float64 if student.dtype == torch.float64 else torch.float32)
+
+
+def affinity_distance_backward(
+    grad: Tensor, student: Tensor, teacher: Tensor, p: int, eps: float, need_student: bool, need_teacher: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of student and teacher."""
+    of_student, of_teacher = GradientColumns(student, need_student), GradientColumns(teacher, need_teacher)
+    factor = (2 * p * grad)[:, None, None]  # both of a pair of columns have a share in their product
+    if by_grams(student, teacher, p):
+        _backward_by_grams(factor.double(), student, teacher, eps, of_student, of_teacher)
+    else:
+        _backward_by_tiles(factor, student, teacher, p, eps, of_student, of_teacher)
+    return of_student.finish(), of_teacher.finish()
+
+
+def _through_norms(grad: Tensor, columns: Tensor, eps: float) -> Tensor:
+    """From the gradient of normalised columns (B, C, N) to that of the columns; the norm of 0 has the gradient 0, as in torch."""
+    norm = norms(columns)
+    divisor = norm + eps
+    inner = (grad * (columns / divisor)).sum(dim=1, keepdim=True)
+    return (grad - columns / norm.where(norm != 0, 1) * inner) / divisor
+
+
+def _backward_by_tiles(
+    factor: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    p: int,
+    eps: float,
+    of_student: GradientColumns,
+    of_teacher: GradientColumns,
+) -> None:
+    columns = normalised(student, eps), normalised(teacher, eps)
+    sums = op("affinity_tiles_backward")(*columns, p, of_student.needed, of_teacher.needed)
+    for sign, maps, of_maps, total in zip((1, -1), (student, teacher), (of_student, of_teacher), sums, strict=True):
+        if of_maps.needed:
+            given = maps.flatten(2).to(total.dtype)
+            of_columns = total[:, : given.shape[2], : given.shape[1]].mT * (sign * factor)
+            of_maps.columns.copy_(_through_norms(of_columns, given, eps))
+
+
+# --- by Grams --------------------------------------------------------------------------------------------------------------------
+
+
+def _squares(gram: Tensor) -> Tensor:
+    return gram.square().sum(dim=(1, 2))
+
+
+def _strips(student: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Both maps in float64, (B, C, some columns)."""
+    s, t = student.flatten(2), teacher.flatten(2)
+    width = max(256, STRIP // max(1, s.shape[0] * (s.shape[1] + t.shape[1])))
+    for begin in range(0, s.shape[2], width):
+        strip = slice(begin, begin + width)
+        yield strip, s[..., strip].double(), t[..., strip].double()
+
+
+def _grams(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """S S^T (B, Cs, Cs), S T^T (B, Cs, Ct), T T^T (B, Ct, Ct), float64."""
+    batch, cs, ct = student.shape[0], student.shape[1], teacher.shape[1]
+    ss, st, tt = (student.new_zeros((batch, *size), dtype=torch.float64) for size in ((cs, cs), (cs, ct), (ct, ct)))
+    for _, *maps in _strips(student, teacher):
+        s, t = (normalised(m, eps) for m in maps)
+        ss.baddbmm_(s, s.mT)
+        st.baddbmm_(s, t.mT)
+        tt.baddbmm_(t, t.mT)
+    return ss, st, tt
+
+
+def _backward_by_grams(
+    factor: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    eps: float,
+    of_student: GradientColumns,
+    of_teacher: GradientColumns,
+) -> None:
+    ss, st, tt = _grams(student, teacher, eps)
+    for strip, *maps in _strips(student, teacher):
+        s, t = (normalised(m, eps) for m in maps)
+        if of_student.needed:
+            of_student.columns[..., strip] = _through_norms(factor * (ss @ s - st @ t), maps[0], eps)
+        if of_teacher.needed:
+            of_teacher.columns[..., strip] = _through_norms(factor * (tt @ t - st.mT @ s), maps[1], eps)
