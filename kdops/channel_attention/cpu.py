@@ -124,8 +124,10 @@ def _attention(query: Tensor, key: Tensor, scale: float | None, heads: int) -> T
 
 def _through_softmax(attention: Tensor, grad_attention: Tensor, scale: float) -> Tensor:
     """The gradient of the unscaled logits query . key."""
-    grad_logits: Tensor = torch.ops.aten._softmax_backward_data(grad_attention, attention, -1, attention.dtype)
-    return grad_logits.mul_(scale)
+    # Not torch's own formula, whose bits depend on the number of threads.
+    weighted = attention * grad_attention
+    grad_logits: Tensor = weighted.sub_(attention * weighted.sum(dim=-1, keepdim=True)).mul_(scale)
+    return grad_logits
 
 
 def _to_query_and_key(
