@@ -27,7 +27,8 @@ constexpr int64_t kBlockPanels = 16;         // row panels of a task's block: 96
 constexpr int64_t kForwardTile = 400 << 10;  // bytes of packed keys and values in a tile, which stay in the L2 cache
 constexpr int64_t kBackwardTile = 320 << 10;
 constexpr int64_t kLongestTile = 16;  // column panels: 6 rows of a tile fit the L1 cache twice
-constexpr int64_t kQueryTasks = 16;   // of backward where the query needs a gradient: each holds one of its own
+constexpr int64_t kQueryTasks = 16;   // of backward where the query needs a gradient, for the whole batch: each holds one of its own
+constexpr int64_t kShortestGroup = 8;  // column panels of such a task
 
 // --- sizes -----------------------------------------------------------------------------------------------------------------------
 
@@ -436,6 +437,11 @@ void write_columns(const T* sums, const Map& to, int64_t batch, int64_t first, i
   }
 }
 
+template <typename T>
+KDOPS_CLONED void add_to(T* __restrict sum, const T* __restrict other, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += other[i];
+}
+
 // The query's gradient: the sums of all groups [batch][group][rows padded to 6][channels padded to 16], in order.
 template <typename scalar_t, typename T>
 void write_query(T* sums, const Sizes& sizes, int64_t groups, T scale, const Map& to) {
@@ -444,9 +450,7 @@ void write_query(T* sums, const Sizes& sizes, int64_t groups, T scale, const Map
   for_each_task<T>(sizes.batches * blocks, block_rows, [&](int64_t task, T* factors) {
     const int64_t batch = task / blocks, first = task % blocks * block_rows, here = std::min(block_rows, sizes.rows - first);
     T* const total = sums + batch * groups * size + first * pitch;
-    for (int64_t group = 1; group < groups; ++group) {
-      for (int64_t i = 0; i < here * pitch; ++i) total[i] += total[group * size + i];
-    }
+    for (int64_t group = 1; group < groups; ++group) add_to(total, total + group * size, here * pitch);
     std::fill(factors, factors + here, scale);
     scatter(total, pitch, factors, here, sizes.channels,
             data<scalar_t>(to.tensor) + batch * to.batch_stride + first * to.position_stride, to.position_stride, to.channel_stride);
@@ -474,7 +478,8 @@ void gradients(const Sizes& sizes, const Map& query, const Map& key, const Map& 
   const int64_t tile = tile_panels<T>(kBackwardTile, 3 * sizes.channels + 2 * sizes.value_channels, sizes.column_panels());
   const int64_t tiles = panels(sizes.column_panels(), tile);
   // A gradient of the query for every group, so there are few; without it every tile is a task of its own.
-  const int64_t tiles_per_group = need_query ? panels(tiles, std::max<int64_t>(kQueryTasks / sizes.batches, 1)) : 1;
+  const int64_t most_groups = std::clamp<int64_t>(kQueryTasks / sizes.batches, 1, panels(sizes.column_panels(), kShortestGroup));
+  const int64_t tiles_per_group = need_query ? panels(tiles, most_groups) : 1;
   const int64_t groups = panels(tiles, tiles_per_group);
   const int64_t query_size = rows * padded(sizes.channels, kColumns);
   const auto query_sums = need_query ? allocate<T>(sizes.batches * groups * query_size) : nullptr;

@@ -92,26 +92,25 @@ KDOPS_INLINE void multiply_add(Block<T>& sums, const T* __restrict a, int64_t ou
   }
 }
 
-// x to e^x, to one rounding or two; below -87 it is 0 (no subnormal numbers), above 88 it stays what it is at 88. NaN stays NaN.
+// x to e^x, to one rounding or two, for x below 88; below -87 it is 0 (no subnormal numbers). NaN stays NaN.
 KDOPS_INLINE void exponential(Vector<float>& x) {
   typedef int32_t Bits __attribute__((vector_size(32)));
   constexpr float kLog2E = 1.44269504f, kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
   constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number, which its low bits then hold
   const Vector<float> zero = {};
   const auto underflows = x < -87.0f;
-  x = underflows ? zero : x;
-  x = x > 88.0f ? zero + 88.0f : x;
   const Vector<float> shifted = x * kLog2E + kShift;
   const Vector<float> whole = shifted - kShift;
   const Vector<float> r = (x - whole * kLn2High) - whole * kLn2Low;
   // 1 + r + r^2 q(r), with q fitted to minimise the relative error (3e-9) on |r| <= ln(2) / 2.
-  Vector<float> q = r * 1.381461298e-3f + 8.368709843e-3f;
-  q = q * r + 4.166838737e-2f;
-  q = q * r + 1.666652069e-1f;
-  q = q * r + 4.999999345e-1f;
-  const Vector<float> fraction = (q * r) * r + r + 1.0f;
-  const Vector<float> result = reinterpret_cast<Vector<float>>(reinterpret_cast<Bits>(fraction) + (reinterpret_cast<Bits>(shifted) << 23));
-  x = underflows ? zero : result;
+  Vector<float> power = r * 1.381461298e-3f + 8.368709843e-3f;
+  power = power * r + 4.166838737e-2f;
+  power = power * r + 1.666652069e-1f;
+  power = power * r + 4.999999345e-1f;
+  power = power * r + 1.0f;
+  power = power * r + 1.0f;
+  power = reinterpret_cast<Vector<float>>(reinterpret_cast<Bits>(power) + (reinterpret_cast<Bits>(shifted) << 23));
+  x = underflows ? zero : power;
 }
 
 KDOPS_INLINE void exponential(Vector<double>& x) {
@@ -152,10 +151,11 @@ struct Map {
 template <int64_t Width, typename scalar_t, typename T>
 KDOPS_CLONED void pack_positions(const scalar_t* from, int64_t channel_stride, int64_t position_stride, int64_t channels,
                                  int64_t padded_channels, int64_t count, T factor, T* to) {
-  std::fill(to, to + padded_channels * Width, T(0));
+  const bool whole = count == Width;
+  std::fill(to + (whole ? channels : 0) * Width, to + padded_channels * Width, T(0));
   for (int64_t c = 0; c < channels; ++c, from += channel_stride, to += Width) {
-    if (position_stride == 1) {
-      for (int64_t i = 0; i < count; ++i) to[i] = factor * widen(from[i]);
+    if (whole && position_stride == 1) {
+      for (int64_t i = 0; i < Width; ++i) to[i] = factor * widen(from[i]);
     } else {
       for (int64_t i = 0; i < count; ++i) to[i] = factor * widen(from[i * position_stride]);
     }
