@@ -1,26 +1,24 @@
-"""Channel attention on the CPU: matrix products by torch (MKL), by tiles of columns where a second step finds them in cache.
+"""Channel attention on the CPU: products with feature maps in C++ (csrc/channel_attention.cpp), softmax of the C x C logits in torch.
 
-Maps are read as (B, heads, C / heads, N) views, so channels-first and channels_last go into the products as they lie in memory.
 The C x C attention is kept for the backward pass: it is small beside the maps, and making it again would read query and key again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..difference import difference_
 from ..layout import GradientColumns
+from ..registration import LIBRARY, op
 
-TILE = 2**18  # numbers of a map in a tile: 1 MiB in float32, for the L2 caches of two cores
-NARROWEST = 256  # columns of a tile
-
-Index = tuple[
-    Any, ...
-]  # of a (B, heads, C / heads, N) view: gives a stack of matrices; its first two entries do so for (B, heads, C, C)
+# Maps are (B, C, N) of any strides and one dtype; matrices (B, heads, rows, columns) in the dtype of sums.
+LIBRARY.define("channel_gram(Tensor x, Tensor y, int heads) -> Tensor")
+LIBRARY.define("channel_mix(Tensor(a!) out, Tensor matrix, Tensor x, bool onto) -> ()")
+LIBRARY.define("channel_residual(Tensor attention, Tensor value, Tensor target) -> Tensor")
+LIBRARY.define(
+    "channel_residual_backward(Tensor attention, Tensor to_value, Tensor slope, Tensor value, Tensor target, bool need_attention, "
+    "Tensor(a!)? of_value, Tensor(b!)? of_target) -> Tensor"
+)
 
 
 def channel_attention(
@@ -30,7 +28,7 @@ def channel_attention(
     value = key if value is None else value
     attention = _attention(query, key, scale, heads)
     out = query.new_empty(query.shape[:2] + value.shape[2:])
-    _multiply(attention, _matrices(value, heads), _matrices(out, heads))
+    op("channel_mix")(out.flatten(2), attention, value.flatten(2), False)
     return out, attention
 
 
@@ -48,15 +46,15 @@ def channel_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value; where the value is the key (None), the key's holds both."""
     shared, value = value is None, key if value is None else value
-    upstream, values = _matrices(grad, heads), _matrices(value, heads)
+    upstream = grad.flatten(2)
     of_query, of_key = GradientColumns(query, need_query), GradientColumns(key, need_key)
     of_value = GradientColumns(value, need_value)
     as_value = of_key if shared else of_value
     if as_value.needed:
-        _multiply(attention.mT, upstream, _heads(as_value.columns, heads))
+        op("channel_mix")(as_value.columns, attention.mT, upstream, False)
     if need_query or need_key:
-        grad_logits = _through_softmax(attention, _gram(upstream, values), _factor(query, scale))
-        _to_query_and_key(grad_logits, query, key, of_query, of_key, onto_key=shared)
+        of_attention = op("channel_gram")(upstream, value.flatten(2), heads)
+        _through_logits(of_attention, attention, query, key, scale, of_query, of_key, onto_key=shared)
     return of_query.finish(), of_key.finish(), of_value.finish()
 
 
@@ -65,11 +63,9 @@ def channel_attention_distance(
 ) -> tuple[Tensor, Tensor]:
     """-> distance (B,), attention (B, heads, Cq / heads, Ck / heads)."""
     attention = _attention(query, key, scale, heads)
-    values, targets = _matrices(key if value is None else value, heads), _matrices(target, heads)
-    sums = attention.new_zeros(attention.shape[:2], dtype=torch.float64)
-    for tile in _tiles(values):
-        sums[tile[:2]] += _residual(attention, values, targets, tile)[1]
-    return sums.sum(dim=1).to(attention.dtype), attention
+    value = key if value is None else value
+    distance = op("channel_residual")(attention, value.flatten(2), target.flatten(2))
+    return distance.to(attention.dtype), attention
 
 
 def channel_attention_distance_backward(
@@ -88,28 +84,25 @@ def channel_attention_distance_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value and target, by one sweep over value and target that forms the residual again."""
     shared, value = value is None, key if value is None else value
-    values, targets = _matrices(value, heads), _matrices(target, heads)
     of_query, of_key = GradientColumns(query, need_query), GradientColumns(key, need_key)
     of_value, of_target = GradientColumns(value, need_value), GradientColumns(target, need_target)
     as_value = of_key if shared else of_value
-    slope = (2 * grad)[:, None, None, None].expand(*attention.shape[:2], 1, 1)  # of the square
-    to_value = slope * attention.mT
-    grad_attention = torch.zeros_like(attention)
-    for tile in _tiles(values):
-        residual, _ = _residual(attention, values, targets, tile)
-        if need_query or need_key:
-            grad_attention[tile[:2]].baddbmm_(residual, _wide(values[tile]).mT)
-        if as_value.needed:
-            _multiply_tile(to_value[tile[:2]], residual, _heads(as_value.columns, heads)[tile])
-        if need_target:
-            _heads(of_target.columns, heads)[tile] = residual * -slope[tile[:2]]
+    slope = 2 * grad  # of the square
+    by_sample = slope[:, None, None, None]
+    of_attention = op("channel_residual_backward")(
+        attention,
+        by_sample * attention.mT,
+        slope,
+        value.flatten(2),
+        target.flatten(2),
+        need_query or need_key,
+        as_value.columns if as_value.needed else None,
+        of_target.columns if need_target else None,
+    )
     if need_query or need_key:
-        grad_logits = _through_softmax(attention, slope * grad_attention, _factor(query, scale))
-        _to_query_and_key(grad_logits, query, key, of_query, of_key, onto_key=shared)
+        of_attention *= by_sample
+        _through_logits(of_attention, attention, query, key, scale, of_query, of_key, onto_key=shared)
     return of_query.finish(), of_key.finish(), of_value.finish(), of_target.finish()
-
-
-# --- the C x C matrices ----------------------------------------------------------------------------------------------------------
 
 
 def _factor(query: Tensor, scale: float | None) -> float:
@@ -117,93 +110,27 @@ def _factor(query: Tensor, scale: float | None) -> float:
 
 
 def _attention(query: Tensor, key: Tensor, scale: float | None, heads: int) -> Tensor:
-    logits = _gram(_matrices(query, heads), _matrices(key, heads))
-    logits *= _factor(query, scale)
-    return logits.softmax(dim=-1)
+    logits = op("channel_gram")(query.flatten(2), key.flatten(2), heads)
+    attention: Tensor = torch.softmax(logits.mul_(_factor(query, scale)), dim=-1)
+    return attention
 
 
-def _through_softmax(attention: Tensor, grad_attention: Tensor, scale: float) -> Tensor:
-    """The gradient of the unscaled logits query . key."""
-    # Not torch's own formula, whose bits depend on the number of threads.
-    weighted = attention * grad_attention
-    grad_logits: Tensor = weighted.sub_(attention * weighted.sum(dim=-1, keepdim=True)).mul_(scale)
-    return grad_logits
-
-
-def _to_query_and_key(
-    grad_logits: Tensor,
+def _through_logits(
+    of_attention: Tensor,
+    attention: Tensor,
     query: Tensor,
     key: Tensor,
+    scale: float | None,
     of_query: GradientColumns,
     of_key: GradientColumns,
     *,
     onto_key: bool,
 ) -> None:
-    """Through the Gram matrix; `onto_key` adds to what the gradient of the key already holds."""
-    heads = grad_logits.shape[1]
+    """From the gradient of the attention to those of query and key; `onto_key` adds to what the key's already holds."""
+    # Not torch's own backward of the softmax, whose bits depend on the number of threads.
+    weighted = attention * of_attention
+    of_logits = (weighted - attention * weighted.sum(dim=-1, keepdim=True)).mul_(_factor(query, scale))
     if of_query.needed:
-        _multiply(grad_logits, _matrices(key, heads), _heads(of_query.columns, heads))
+        op("channel_mix")(of_query.columns, of_logits, key.flatten(2), False)
     if of_key.needed:
-        _multiply(grad_logits.mT, _matrices(query, heads), _heads(of_key.columns, heads), onto=onto_key)
-
-
-# --- maps and tiles --------------------------------------------------------------------------------------------------------------
-
-
-def _matrices(maps: Tensor, heads: int) -> Tensor:
-    """(B, C, *S) as (B, heads, C / heads, N): a view, or a copy where positions overlap or are not a fixed stride apart."""
-    if 0 in maps.stride():
-        maps = maps.contiguous()
-    return _heads(maps.flatten(2), heads)
-
-
-def _heads(columns: Tensor, heads: int) -> Tensor:
-    """(B, C, N) as (B, heads, C / heads, N)."""
-    matrices: Tensor = columns.unflatten(1, (heads, columns.shape[1] // heads))
-    return matrices
-
-
-def _wide(t: Tensor) -> Tensor:
-    """In the dtype that products accumulate in."""
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def _tiles(maps: Tensor, *, whole: bool = False) -> Iterator[Index]:
-    """Indices that cut (B, heads, C, N) into stacks of matrices of some columns (`whole`: of all), without a copy in any layout."""
-    batch, heads, channels, positions = maps.shape
-    stacks: list[Index] = [(slice(None), 0)] if heads == 1 else [(b, slice(None)) for b in range(batch)]
-    rows = max(1, channels * (batch if heads == 1 else heads))
-    width = positions if whole else max(NARROWEST, TILE // rows // NARROWEST * NARROWEST)
-    for stack in stacks:
-        for begin in range(0, positions, width):
-            yield *stack, slice(None), slice(begin, begin + width)
-
-
-def _gram(x: Tensor, y: Tensor) -> Tensor:
-    """(B, heads, Cx, N) and (B, heads, Cy, N) -> (B, heads, Cx, Cy), in the dtype that products accumulate in."""
-    gram = _wide(x.new_empty(0)).new_zeros((*x.shape[:3], y.shape[2]))
-    for tile in _tiles(x, whole=x.dtype == gram.dtype):
-        gram[tile[:2]].baddbmm_(_wide(x[tile]), _wide(y[tile]).mT)
-    return gram
-
-
-def _multiply(matrix: Tensor, maps: Tensor, out: Tensor, *, onto: bool = False) -> None:
-    """out = matrix @ maps, or added to what is there."""
-    for tile in _tiles(maps, whole=maps.dtype == matrix.dtype):
-        _multiply_tile(matrix[tile[:2]], _wide(maps[tile]), out[tile], onto=onto)
-
-
-def _multiply_tile(matrix: Tensor, maps: Tensor, out: Tensor, *, onto: bool = False) -> None:
-    if out.dtype == matrix.dtype:
-        out.baddbmm_(matrix, maps, beta=1 if onto else 0)
-    else:
-        product = matrix @ maps
-        out.copy_(product.add_(out) if onto else product)
-
-
-def _residual(attention: Tensor, values: Tensor, targets: Tensor, tile: Index) -> tuple[Tensor, Tensor]:
-    """attention @ value - target for a tile, in the layout of the target, and its sums of squares."""
-    matrix, maps, target = attention[tile[:2]], _wide(values[tile]), _wide(targets[tile])
-    by_rows = target.stride(-1) == 1
-    product = torch.bmm(matrix, maps) if by_rows else torch.bmm(maps.mT, matrix.mT).mT
-    return product, difference_(product, target, 2)
+        op("channel_mix")(of_key.columns, of_logits.mT, query.flatten(2), onto_key)

@@ -141,7 +141,7 @@ def _shapes(b: int, cq: int, ck: int, *s: int) -> tuple[tuple[int, ...], ...]:
 _SAMPLES = (
     Sample("cross", _shapes(2, 6, 4, 5, 7)),
     Sample("heads", _shapes(2, 6, 4, 4, 4), {"heads": 2}),
-    Sample("prime", _shapes(3, 7, 13, 11)),
+    Sample("prime", _shapes(3, 11, 5, 13)),
     Sample("one of each", _shapes(1, 1, 1, 1)),
     Sample("value of other positions", ((2, 3, 4, 5), (2, 5, 2, 10), (2, 5, 7))),
     Sample("wide", _shapes(1, 24, 32, 7, 11), {"heads": 4}),
