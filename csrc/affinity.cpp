@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/dtypes.h"
+#include "common/maps.h"
 #include "common/parallel.h"
 #include "common/products.h"
 
@@ -50,7 +51,7 @@ std::vector<std::vector<Pair>> tournament(int64_t strips) {
   return rounds;
 }
 
-// One network's normalised columns, packed (common/products.h) for both sides of a tile.
+// One network's normalised columns, packed (common/maps.h) for both sides of a tile.
 template <typename T>
 struct Packed {
   int64_t channels, row_panels, column_panels;

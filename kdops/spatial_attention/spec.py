@@ -117,11 +117,15 @@ def _flops(
 
 
 def _scratch_bytes(query: Tensor, key: Tensor, value: Tensor, *, backward: bool = False, **kwargs: Any) -> int:
-    # On the CPU: packed copies (two of the key), and in backward up to 16 partial gradients of the query for the whole batch.
-    packed = _size(query, key, *_inputs(query, key, value)[1:])
-    batch = max(query.shape[0], 1)
-    return packed + backward * (
-        _size(key) + _out_size(query, value) + query.requires_grad * _size(query) * max(16 // batch, 1)
+    # On the CPU: packed copies of the inputs (two of the key), and in backward of the upstream gradient; there the query's gradient is
+    # summed apart in at most 16 tasks for the whole batch, each of at least 128 positions of the key.
+    if not backward:
+        return _size(query, key, value)
+    groups = min(max(16 // max(query.shape[0], 1), 1), -(-prod(key.shape[2:]) // 128))
+    return (
+        _size(query, key, *_inputs(query, key, value)[1:])
+        + _out_size(query, value)
+        + groups * query.requires_grad * _size(query)
     )
 
 
