@@ -200,6 +200,19 @@ def test_256_by_256_image_in_less_than_a_gibibyte() -> None:
     assert peak_mib(64, 65536) < 1024
 
 
+@pytest.mark.slow
+@pytest.mark.skipif("cpu" not in KERNELS, reason="needs the CPU kernels")
+def test_more_than_2_to_the_31_elements() -> None:
+    """64-bit offsets: all weight lies on the last position of a key whose last channel begins beyond 2^31 elements."""
+    channels, positions = 512, 2**22 + 64
+    key = torch.zeros(1, channels, positions, dtype=torch.bfloat16)
+    key[0, -1, -1] = 100.0
+    value = torch.zeros(1, 1, positions, dtype=torch.bfloat16)
+    value[0, 0, -1] = 3.0
+    query = torch.ones(1, channels, 1, dtype=torch.bfloat16)
+    assert kdops.spatial_attention(query, key, value, scale=1.0, backend="cpu").item() == 3.0
+
+
 def test_module_is_the_function() -> None:
     query, key = drawn(1, 3, 4, 5), drawn(1, 3, 7, seed=1)
     module = kdops.nn.SpatialAttention(scale=0.5, normalize="query")
