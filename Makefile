@@ -3,7 +3,7 @@ PYTHON ?= python3
 TORCH  ?= torch>=2.11,<2.14
 VENV   := .venv
 BIN    := $(VENV)/bin
-KERNELS := $(wildcard csrc/*.cpp csrc/*.cu csrc/*/*.h)
+KERNELS := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*/*.h)
 DEMO   := runs/demo
 
 .PHONY: demo test test-all lint contract bench docs clean

@@ -71,15 +71,16 @@ def compile_error(code: str, *flags: str) -> str | None:
     return None if done.returncode == 0 else (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[0]
 
 
-def first_line(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+def compiler_version() -> str:
+    done = subprocess.run([*compiler().split(), "--version"], capture_output=True, text=True)
+    return (done.stdout or compiler()).splitlines()[0]
 
 
 def clones() -> int:
     """The KDOPS_CLONES that this compiler knows; 0 for none."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return 0
-    probe = "__attribute__((target_clones({}))) int twice(int x) {{ return 2 * x; }}"
+    probe = "template <typename T> __attribute__((target_clones({}))) T twice(T x) {{ return 2 * x; }}\nint two = twice(1);\n"
     return next((n for n, targets in CLONES.items() if compile_error(probe.format(targets)) is None), 0)
 
 
@@ -98,8 +99,8 @@ def cpu_extension() -> tuple[Extension, dict[str, str]]:
         py_limited_api=True,
     )
     return extension, {
-        "compiler": first_line(*compiler().split(), "--version"),
-        "vectors": CLONES.get(chosen, "baseline"),
+        "compiler": compiler_version(),
+        "vectors": CLONES.get(chosen, "baseline").replace('"', ""),
     }
 
 
@@ -123,7 +124,7 @@ def cuda_extension() -> tuple[Extension, dict[str, str]]:
         "kdops._C_cuda",
         sorted(glob("csrc/*.cu")),
         depends=HEADERS,
-        extra_compile_args={"cxx": STABLE_ABI, "nvcc": [*STABLE_ABI, "-DUSE_CUDA"]},
+        extra_compile_args={"cxx": STABLE_ABI, "nvcc": [*STABLE_ABI, "-DUSE_CUDA", "-Xcompiler=-fvisibility=hidden"]},
         py_limited_api=True,
     )
     return extension, {"compiler": version.strip().splitlines()[-2]}
@@ -168,13 +169,18 @@ class Build(BuildExtension):
         print(f"kdops: no {name} extension: {reason}", file=sys.stderr)
         self.record[name] = {"built": False, "reason": reason}
 
-    def build_extension(self, extension: Extension) -> None:
-        name = "cuda" if extension.name.endswith("_cuda") else "cpu"
-        try:
-            super().build_extension(extension)
-        except Exception as error:
-            self.skip(name, f"compiling it failed ({str(error).strip().splitlines()[0]}; the build log has the rest)")
-            self.extensions = [other for other in self.extensions if other is not extension]
+    def build_extensions(self) -> None:
+        wanted, built = self.extensions, []
+        for extension in wanted:
+            self.extensions = [extension]  # one at a time: torch's checks for CUDA must not stop the CPU extension
+            try:
+                super().build_extensions()
+                built.append(extension)
+            except Exception as error:
+                name = "cuda" if extension.name.endswith("_cuda") else "cpu"
+                what = str(error).strip().partition("\n")[0]
+                self.skip(name, f"compiling it failed ({what}; the build log has the rest)")
+        self.extensions = built
 
 
 setup(

@@ -4,7 +4,7 @@
 
 Only the `triton.py` modules import this, and they are imported at their first call: `import kdops` works without triton.
 
-Under TRITON_INTERPRET=1 a kernel runs on NumPy, which knows no bfloat16: casts truncate, subnormals go wrong, products multiply bit patterns.
+Under TRITON_INTERPRET=1 a kernel runs on NumPy, which has no bfloat16: casts truncate, subnormals go wrong, products multiply bits.
 Kernels therefore compute in float32 and go through `load`, `store` and `dot`; tests/test_tiles.py refuses the bare forms.
 """
 
@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
+IEEE = tl.constexpr("ieee")  # triton 3.6 takes no plain string as a default
 
 # Fuse multiply and add. Stated, because triton 3.10 changes the default and 3.9 warns about that where it is left open.
 OPTIONS = {"enable_fp_fusion": True}
@@ -52,7 +53,7 @@ def store(pointers, values, mask):
 
 
 @triton.jit
-def dot(a, b, precision: tl.constexpr = "ieee"):
+def dot(a, b, precision: tl.constexpr = IEEE):
     """a (M, K) times b (K, N) -> (M, N) float32. `precision` is that of float32 operands: "ieee", "tf32x3" or "tf32"."""
     if INTERPRETING:
         a = widen(a)

@@ -72,14 +72,20 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 class _Axis:
-    """Maps values to pixels between `start` and `stop`; its ends are its first and last tick."""
+    """Maps values to pixels between `start` and `stop`. Its ends are its first and last tick, or exactly `low` and `high`."""
 
-    def __init__(self, low: float, high: float, start: float, stop: float, log: bool) -> None:
+    def __init__(
+        self, low: float, high: float, start: float, stop: float, *, log: bool = False, exact: bool = False
+    ) -> None:
         if low == high:
             low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
         self.marks = log_ticks(low, high) if log else ticks(low, high)
+        if exact:
+            self.marks = [mark for mark in self.marks if low <= mark <= high * (1 + 1e-9)]
+        else:
+            low, high = self.marks[0], self.marks[-1]
         self.log, self.start, self.stop = log, start, stop
-        self.low, self.high = self._scale(self.marks[0]), self._scale(self.marks[-1])
+        self.low, self.high = self._scale(low), self._scale(high)
 
     def _scale(self, value: float) -> float:
         return math.log10(value) if self.log else value
@@ -110,8 +116,9 @@ def line_chart(
     if not clean:
         return ""
     heights = [y for line in clean for _, y in line.points] + [level.value for level in levels]
-    across = _Axis(0.0, max(max(x for line in clean for x, _ in line.points), 1e-9), LEFT, WIDTH - RIGHT, False)
-    up = _Axis(min(heights), max(heights), HEIGHT - BOTTOM, TOP, log)
+    longest = max(x for line in clean for x, _ in line.points)
+    across = _Axis(0.0, max(longest, 1e-9), LEFT, WIDTH - RIGHT, exact=True)
+    up = _Axis(min(heights), max(heights), HEIGHT - BOTTOM, TOP, log=log)
     parts = [
         *_grid(across, up, x_label, y_label),
         *(_level(level, up) for level in levels),
@@ -148,8 +155,8 @@ def _grid(across: _Axis, up: _Axis, x_label: str, y_label: str) -> list[str]:
         lines.append(_text(LEFT - 7, up(mark) + 4, number(mark), "end"))
     for mark in across.marks:
         lines.append(f'<line class="axis" x1="{across(mark)}" y1="{floor}" x2="{across(mark)}" y2="{floor + 4}"/>')
-        last = mark == across.marks[-1]  # its number must not stick out
-        lines.append(_text(across(mark) + 4 * last, floor + 18, number(mark), "end" if last else "middle"))
+        at_end = across(mark) > right - 12  # its number must not stick out
+        lines.append(_text(across(mark) + 4 * at_end, floor + 18, number(mark), "end" if at_end else "middle"))
     lines.append(f'<line class="axis" x1="{LEFT}" y1="{floor}" x2="{right}" y2="{floor}"/>')
     lines.append(_text((LEFT + right) / 2, HEIGHT - 6, x_label, "middle"))
     lines.append(

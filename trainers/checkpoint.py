@@ -108,8 +108,11 @@ class Checkpoints:
         self._sweep()
 
     def _sweep(self) -> None:
-        for path in [*self.folder.glob("step-*.tmp"), *self.folder.glob("step-*.old")]:
-            shutil.rmtree(path, ignore_errors=True)
+        for path in [*self.folder.glob("*.tmp"), *self.folder.glob("*.old")]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -135,7 +138,9 @@ def write_synced(path: Path, content: bytes) -> None:
 
 def replace_file(path: Path, content: bytes) -> None:
     """Gives a file new content: whoever reads it, whenever, finds the old or the new one."""
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished = path.with_name(
+        f"{path.name}.{os.getpid()}.tmp"
+    )  # of this process: others may be writing the same file
     write_synced(unfinished, content)
     os.replace(unfinished, path)
     sync_folder(path.parent)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,8 +30,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if known is None:
             raise  # a bug of ours: the traceback is what we need, and Python exits with 1
         code, message = known
-        print(message, file=sys.stderr)
+        # On several devices all processes end together for these reasons; the first one says it.
+        if _is_first_process() or code not in (2, 4, 130):
+            print(message, file=sys.stderr)
         return code
+
+
+def _is_first_process() -> bool:
+    """On several devices Fabric starts this command once for each."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _say(text: str) -> None:
+    if _is_first_process():
+        print(text)
 
 
 def exit_code(error: Exception) -> tuple[int, str] | None:
@@ -46,6 +60,8 @@ def exit_code(error: Exception) -> tuple[int, str] | None:
         return 130, str(error)
     if isinstance(error, SaveFailed):
         return 1, str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return 1, f"{error}: free some space, then kdtrain resume RUN goes on from the last checkpoint"
     if out_of_memory(error):
         return 3, f"{OUT_OF_MEMORY_ADVICE}\n({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return None
@@ -163,8 +179,8 @@ def _train(options: argparse.Namespace) -> int:
     from trainers.check import checked_config
     from trainers.launch import train
 
-    folder = train(checked_config(options.config, options.set, say=print))
-    print(f"done: {folder / 'report.html'}")
+    folder = train(checked_config(options.config, options.set, say=_say))
+    _say(f"done: {folder / 'report.html'}")
     return 0
 
 
@@ -172,7 +188,7 @@ def _resume(options: argparse.Namespace) -> int:
     from trainers.launch import resume
 
     folder = resume(options.run_folder, options.set)
-    print(f"done: {folder / 'report.html'}")
+    _say(f"done: {folder / 'report.html'}")
     return 0
 
 
@@ -185,16 +201,19 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from trainers.compare import compare, run_and_compare
     from trainers.errors import InputError
 
     if bool(options.run_folders) == bool(options.recipe) or bool(options.recipe) != bool(options.methods):
         raise InputError("give either run folders, or --recipe and --methods")
     if options.recipe:
-        report = run_and_compare(_recipe(options.recipe), options.methods, options.out, options.set)
+        console = Console(stderr=True, quiet=not _is_first_process())
+        report = run_and_compare(_recipe(options.recipe), options.methods, options.out, options.set, console)
     else:
         report = compare(options.run_folders, options.out)
-    print(f"done: {report}")
+    _say(f"done: {report}")
     return 0
 
 

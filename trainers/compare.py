@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -16,12 +16,18 @@ from trainers.checkpoint import replace_file
 from trainers.errors import InputError
 from trainers.results import Run, at, flat, load_run
 
+if TYPE_CHECKING:
+    from trainers.config import Config
+
 BASELINES = {
     "scratch": "what distillation gained over plain training cannot be read here",
     "output": "what features add to imitating the teacher's image cannot be read here",
 }
-# What may differ between runs that are compared: what is compared, names and places, and how often something is written down.
-FREE = ("name", "out", "method", "teacher", "val.save_images", "train.save_every", "train.keep", "train.log_every")
+RECORDING = ("val.save_images", "train.save_every", "train.keep", "train.log_every")
+# What may differ between runs without a word: what is compared, names and places, and how much is written down.
+FREE = ("name", "out", "method", "teacher", *RECORDING)
+# What may differ from the config of a run that is to be used again: it has no influence on the weights, but for rounding.
+NEUTRAL = ("data.workers", "train.accumulate", *RECORDING)
 MACHINE = ("python", "packages", "cpu", "threads", "gpu")
 
 
@@ -77,7 +83,7 @@ def run_and_compare(
             console.print(f"training {config.name}")
             train(config, console)
             continue
-        _refuse_other_config(folder, config.model_dump(mode="json"))
+        _refuse_other_config(folder, config)
         if (folder / "result.json").is_file():
             console.print(f"{config.name} is done: {folder}")
         else:
@@ -92,14 +98,15 @@ def _refuse_too_few(compared: Sequence[Path | str]) -> None:
         raise InputError(f"{given}: a comparison needs two different runs or methods; add scratch")
 
 
-def _refuse_other_config(folder: Path, wanted: dict[str, Any]) -> None:
-    from trainers.config_file import load_config
+def _refuse_other_config(folder: Path, wanted: Config) -> None:
+    from trainers.config_file import changes, load_config
 
-    there, asked = flat(load_config(folder / "config.yaml").model_dump(mode="json")), flat(wanted)
-    differing = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
-    if differing:
-        shown = ", ".join(f"{key} {there.get(key)} (now {asked.get(key)})" for key in differing[:5])
-        raise InputError(f"{folder} holds a run of another config: {shown}; give another --out, or remove the folder")
+    found = changes(load_config(folder / "config.yaml"), wanted)
+    found = [change for change in found if not _under(change.partition(":")[0], NEUTRAL)]
+    if found:
+        raise InputError(
+            f"{folder} holds a run of another config ({', '.join(found[:5])}); give another --out, or remove the folder"
+        )
 
 
 # --- what may be compared --------------------------------------------------------------------------------------------------------

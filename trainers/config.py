@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, Tag, model_validator
 
@@ -13,6 +13,10 @@ from trainers.models.edsr import EDSROptions
 
 TapName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Taps = Annotated[Auto | Annotated[dict[TapName, str], Tag("mapping")], shape_of("auto or {name: module.path, ...}")]
+
+
+Scale = Literal[2, 3, 4, 8]
+SCALES = get_args(Scale)
 
 
 class NetworkFields(Section):
@@ -133,6 +137,8 @@ class Train(Section):
     """Steps between lines in metrics.jsonl."""
     share_every: int = Field(default=250, ge=1)
     """Steps between measurements of each term's share of the gradient."""
+    tensorboard: bool = False
+    """Also write TensorBoard events, to <run>/events; needs kdops[tensorboard]."""
 
 
 class Val(Section):
@@ -155,7 +161,7 @@ class Config(Section):
     """Folder of run folders, relative to the current directory."""
     task: Literal["sr"] = "sr"
     """Task: sr is super-resolution of bicubically downscaled images."""
-    scale: Literal[2, 3, 4, 8] = 2
+    scale: Scale = 2
     """Upsampling factor."""
     data: Data = Data()
     """Images."""
@@ -173,9 +179,9 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _networks_have_the_scale(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        scale = given.get("scale", 2)
+        scale = given.get("scale", 2) if isinstance(given, dict) else None
+        if scale not in SCALES:
+            return given  # the scale itself is the mistake
         networks = {
             role: {"scale": scale, **given[role]}
             for role in ("teacher", "student")
@@ -215,6 +221,8 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
             )
     names = [entry.name for entry in data.val]
     found += [("data.val", f"two sets are called {name}") for name in sorted({n for n in names if names.count(n) > 1})]
-    if isinstance(method.weights.pixel, Share):
-        found.append(("method.weights.pixel", "shares are measured against the pixel term: give it a number"))
+    weights = dict(method.weights)
+    pixel = weights["pixel"]
+    if any(isinstance(weight, Share) for weight in weights.values()) and (isinstance(pixel, Share) or not pixel):
+        found.append(("method.weights.pixel", "shares are measured against the pixel term: give it a number above 0"))
     return found

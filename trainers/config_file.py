@@ -114,7 +114,8 @@ class Source:
                 reading.problems.append(f"--set {text}: write it as --set key.of.the.config=value")
                 continue
             try:
-                parsed = OmegaConf.from_dotlist([f"value={value}"])["value"]
+                written: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+                parsed = written["value"]
                 if dotted == "method.name":
                     self._change_method(str(parsed), reading)
                 OmegaConf.update(self.loaded, dotted, parsed, merge=False, force_add=True)
@@ -170,9 +171,10 @@ class Source:
     def say(self, key: Key, message: str) -> str:
         """The message with its key and its place: file:line:column, or the override that set it."""
         dotted = ".".join(str(part) for part in key)
-        for length in range(len(key), 0, -1):
-            if key[:length] in self.overridden:
-                return f"{self.overridden[key[:length]]}: {dotted}: {message}"
+        for overridden, text in reversed(self.overridden.items()):
+            shared = min(len(key), len(overridden))
+            if key[:shared] == overridden[:shared]:  # it set this key, a part of it, or what it stands in
+                return f"{text}: {dotted}: {message}"
         line, column = self.place(key)
         return f"{self.path}:{line}:{column}: {dotted}: {message}"
 

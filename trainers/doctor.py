@@ -8,6 +8,7 @@ import os
 import torch
 
 import kdops
+from kdops.dispatch import SPECS
 from trainers.run_folder import environment
 
 EXTRAS = {
@@ -26,10 +27,21 @@ def report() -> str:
     lines += [
         f"gpu: {', '.join(found['gpu']) or 'none that torch can use'} (torch built for CUDA {torch.version.cuda})"
     ]
-    lines += ["", "kdops:", *_indented(kdops.info())]
+    state = {key: value for key, value in kdops.info().items() if key != "ops"}
+    lines += ["", "kdops:", *_indented(state), *_indented({"backend of each op here": _chosen()})]
     missing = [f"  {name}: {why}" for name, why in EXTRAS.items() if importlib.util.find_spec(name) is None]
     lines += ["", "missing extras:", *(missing or ["  none"])]
     return "\n".join(lines)
+
+
+def _chosen() -> dict[str, str]:
+    """The backend that each op runs on, for float32 tensors on this machine's device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = {}
+    for name, spec in sorted(SPECS.items()):
+        inputs = [torch.zeros(shape, device=device) for shape in spec.samples[0].shapes]
+        found[name] = next(iter(kdops.explain(name, *inputs)))
+    return found
 
 
 def _indented(value: object, depth: int = 1) -> list[str]:

@@ -25,5 +25,6 @@ class EMA:
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, weights = zip(*self._pairs, strict=True)
         torch._foreach_lerp_(averages, weights, 1 - decay)
-        for average, current in self._buffers:
-            average.copy_(current)
+        if self._buffers:
+            averages, current = zip(*self._buffers, strict=True)
+            torch._foreach_copy_(averages, current)

@@ -16,10 +16,12 @@ from trainers.config import Config, Train
 from trainers.config_file import changes, load_config
 from trainers.data.sets import TrainSet, open_train_set
 from trainers.errors import InputError
+from trainers.events import Events
 from trainers.loop import Loop
 from trainers.progress import TrainingProgress
 from trainers.randomness import seed_everything
 from trainers.run_folder import RunFolder
+from trainers.signals import sigterm_interrupts
 from trainers.step import TrainStep
 from trainers.taps import Adapters, Tapped
 from trainers.validation import Validation, write_results
@@ -33,7 +35,8 @@ def train(config: Config, console: Console | None = None) -> Path:
     Raises:
         InputError, Diverged, Interrupted, SaveFailed: see their docstrings.
     """
-    return _run(config, lambda: RunFolder.create(config), console or Console(stderr=True), resuming=False)
+    with sigterm_interrupts():
+        return _run(config, lambda: RunFolder.create(config), console or Console(stderr=True), resuming=False)
 
 
 def resume(path: Path, overrides: Sequence[str] = (), console: Console | None = None) -> Path:
@@ -48,7 +51,8 @@ def resume(path: Path, overrides: Sequence[str] = (), console: Console | None = 
     before, config = load_config(path / "config.yaml"), load_config(path / "config.yaml", overrides)
     for change in changes(before, config):
         console.print(f"changed: {change}", markup=False, highlight=False, soft_wrap=True)
-    return _run(config, lambda: RunFolder.open(path), console, resuming=True)
+    with sigterm_interrupts():
+        return _run(config, lambda: RunFolder.open(path), console, resuming=True)
 
 
 def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console, *, resuming: bool) -> Path:
@@ -64,11 +68,13 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
     try:
         loop = build_loop(fabric, config, folder, resuming=resuming)
         if fabric.is_global_zero:
-            folder.describe(
-                config
-            )  # not before all of the config has been used: a start that fails leaves no run behind
+            # Not before all of the config has been used: a start that fails leaves no run behind.
+            if config.train.tensorboard:
+                folder.events = Events(folder.path / "events", loop.position.step)
+            folder.describe(config)
         shown = TrainingProgress(console, loop.position.step, config.train.steps, shown=fabric.is_global_zero)
         with shown as progress:
+            progress.say(summary(config, fabric, folder))
             loop.run(progress)
         if fabric.is_global_zero:
             position = loop.position
@@ -79,13 +85,21 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
     return folder.path
 
 
+def summary(config: Config, fabric: Fabric, folder: RunFolder) -> str:
+    """One line about what starts."""
+    data, device = config.data, fabric.device.type
+    devices = device if fabric.world_size == 1 else f"{fabric.world_size} x {device}"
+    return (
+        f"{folder.path}: {config.method.name}, {config.train.steps} steps of {data.batch} patches of {data.patch} pixels, "
+        f"{config.student.arch} x{config.scale} on {devices}"
+    )
+
+
 def make_fabric(train: Train) -> Fabric:
     """Fabric for the config's devices and precision; it starts the other processes by itself."""
-    several = train.devices not in ("auto", 1)
     return Fabric(
         accelerator=train.accelerator,
         devices=train.devices,
-        strategy="ddp" if several else "auto",
         precision="bf16-mixed" if train.precision == "bf16" else "32-true",
     )
 

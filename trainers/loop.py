@@ -14,12 +14,13 @@ from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainers.checkpoint import read_checkpoint
+from trainers.checkpoint import SaveFailed, read_checkpoint
 from trainers.config import Config
 from trainers.data.loader import batches
 from trainers.data.sets import TrainSet
 from trainers.ema import EMA
 from trainers.errors import Diverged, InputError
+from trainers.loss_weights import LossWeights, gradient_norms, weighted_sum
 from trainers.methods import Batch
 from trainers.progress import TrainingProgress
 from trainers.randomness import random_state, restore_random_state
@@ -28,7 +29,6 @@ from trainers.schedule import learning_rate
 from trainers.signals import Interrupted, StopRequest
 from trainers.step import TrainStep
 from trainers.validation import Validation
-from trainers.weights import LossWeights, gradient_norms, weighted_sum
 
 STEPS_BETWEEN_AGREEMENTS = 10  # on several devices, how often all ask each other whether one was told to stop
 
@@ -150,7 +150,7 @@ class Loop:
             with self.fabric.no_backward_sync(self.model, enabled=index < len(parts) - 1):
                 losses = self.model(batch)
                 self.fabric.backward(weighted_sum(losses, weights) / len(parts))
-            seen.append(torch.stack([loss.detach() for loss in losses.values()]))
+            seen.append(torch.stack([losses[name].detach() for name in self.train_step.method.losses]))
         if train.clip is not None:
             self.fabric.clip_gradients(self.model, self.optimizer, max_norm=train.clip, error_if_nonfinite=False)
         self.optimizer.step()
@@ -160,9 +160,9 @@ class Loop:
         return seen[0] if len(seen) == 1 else torch.stack(seen).mean(dim=0)
 
     def _micro_batches(self, lq: Tensor, gt: Tensor) -> list[Batch]:
+        lq, gt = self.fabric.to_device((lq, gt))
         if self.config.train.channels_last:
             lq, gt = (image.contiguous(memory_format=torch.channels_last) for image in (lq, gt))
-        lq, gt = self.fabric.to_device((lq, gt))
         size = self.rows // self.config.train.accumulate
         shared = self._shared(lq, size) if self.train_step.method.requirements().batch_coupled else {}
         return [
@@ -185,10 +185,11 @@ class Loop:
         rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
         if self.fabric.world_size == 1:
             return rows
-        gathered = self.fabric.all_gather(rows.contiguous())
-        assert isinstance(gathered, Tensor)
-        layout = torch.channels_last if self.config.train.channels_last else torch.contiguous_format
-        return gathered.flatten(0, 1).contiguous(memory_format=layout)
+        rows = rows.contiguous()
+        everyones = [torch.empty_like(rows) for _ in range(self.fabric.world_size)]
+        torch.distributed.all_gather(everyones, rows)
+        gathered = torch.cat(everyones)
+        return gathered.contiguous(memory_format=torch.channels_last) if self.config.train.channels_last else gathered
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         made = batches(
@@ -267,14 +268,27 @@ class Loop:
         )
 
     def save(self, *, best: bool = False) -> None:
-        """A checkpoint of everything that the next step depends on."""
+        """A checkpoint of everything that the next step depends on, written by the first rank.
+
+        Raises:
+            SaveFailed, on every rank: it could not be written. Diverged: the weights are not finite; nothing is written.
+        """
         randomness = gather_objects(self.fabric, random_state(self.fabric.device))
         if not all(bool(value.isfinite().all()) for value in self.train_step.student.parameters()):
             raise Diverged(
                 f"the student's weights are not finite after step {self.position.step}; nothing was saved of it"
             )
-        if not self.fabric.is_global_zero:
-            return
+        failure: SaveFailed | None = None
+        if self.fabric.is_global_zero:
+            try:
+                self._write_checkpoint(randomness, best)
+            except SaveFailed as error:
+                failure = error
+        failure = self.fabric.broadcast(failure)
+        if failure is not None:
+            raise failure
+
+    def _write_checkpoint(self, randomness: list[Any], best: bool) -> None:
         weights = {"student": self.train_step.student.state_dict()}
         if self.ema:
             weights["ema"] = self.ema.network.state_dict()

@@ -71,7 +71,7 @@ def print_measured(measured: dict[str, Any], *, as_json: bool) -> None:
     options = ", ".join(f"{key} {value}" for key, value in measured["options"].items())
     console = Console()
     console.print(f"{measured['weights']}: {measured['arch']} ({options})", highlight=False, soft_wrap=True)
-    console.print(f"{measured['protocol']}: {measured['protocol_text']}", highlight=False, soft_wrap=True)
+    console.print(measured["protocol_text"], highlight=False, soft_wrap=True)
     table = Table("set", "image", "bicubic PSNR", "PSNR", "bicubic SSIM", "SSIM")
     for name, scores in measured["sets"].items():
         bicubic, network = scores["bicubic"], scores["network"]

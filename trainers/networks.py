@@ -27,7 +27,10 @@ def build_network(network: config.Network, role: str) -> nn.Module:
     entry, options = config.entry(network), config.options(network)
     built = entry.build(options)
     if network.weights is not None:
-        state_dict = read_weights(network.weights)
+        try:
+            state_dict = read_weights(network.weights)
+        except InputError as error:
+            raise InputError([f"{role}.weights: {problem}" for problem in error.problems]) from None
         try:
             built.load_state_dict(state_dict)
         except RuntimeError:

@@ -16,6 +16,7 @@ from trainers.checkpoint import Checkpoints, replace_file
 from trainers.config import Config
 from trainers.config_file import dump_config
 from trainers.errors import InputError
+from trainers.events import Events
 
 LOCK = ".lock"
 PACKAGES = ("kdops", "torch", "triton", "lightning-fabric", "numpy", "pydantic", "safetensors", "scikit-image")
@@ -26,6 +27,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.events: Events | None = None
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
 
@@ -80,6 +82,8 @@ class RunFolder:
             self._metrics = (self.path / "metrics.jsonl").open("a")
         self._metrics.write(json.dumps(line) + "\n")
         self._metrics.flush()
+        if self.events is not None:
+            self.events.log(line)
 
     def sync(self) -> None:
         """Puts metrics.jsonl on the disk: before a checkpoint, so that no line up to its step can be missing."""
@@ -87,7 +91,9 @@ class RunFolder:
             os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
-        """Releases the lock."""
+        """Ends all writing and releases the lock."""
+        if self.events is not None:
+            self.events.close()
         for file in (self._metrics, self._lock):
             if file is not None:
                 file.close()

@@ -1,4 +1,5 @@
-// Work on several threads whose result does not depend on how many there are: tasks are cut by the shape of the problem alone.
+// Work on several threads whose result does not depend on how many there are: tasks are cut by the shape of the problem
+// alone.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -25,8 +26,8 @@ Buffer<T> allocate(int64_t count) {
   return Buffer<T>(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t(64))));
 }
 
-// body(task, scratch) for every task; `scratch` points to scratch_size numbers of type T that no other running task uses.
-// All memory is taken here, because nothing may throw inside parallel_for.
+// body(task, scratch) for every task; `scratch` points to scratch_size numbers of type T that no other running task
+// uses. All memory is taken here, because nothing may throw inside parallel_for.
 template <typename T, typename Body>
 void for_each_task(int64_t tasks, int64_t scratch_size, const Body& body) {
   const int64_t slots = std::min<int64_t>(tasks, torch::stable::get_num_threads());

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -16,8 +17,32 @@ namespace kdops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+template <typename scalar_t>
+using Accumulator = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+
 inline ScalarType accumulator_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? dtype : ScalarType::Float;
+}
+
+// Calls run with a zero of the C++ type of `dtype`, which must be one of Types.
+template <typename... Types, typename Run>
+void for_dtype(ScalarType dtype, const Run& run) {
+  const bool known =
+      ((dtype == torch::headeronly::CppTypeToScalarType<Types>::value ? (run(Types{}), true) : false) || ...);
+  STD_TORCH_CHECK(known, "kdops: no kernel for ", torch::headeronly::toString(dtype), " on this device.");
+}
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+template <typename T>
+const T* const_data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
 }
 
 // The axes from `first` on that have more than one element, as (stride, size): the stride of the others means nothing.

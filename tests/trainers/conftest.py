@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 FakeRun = Callable[..., Path]
@@ -63,6 +64,16 @@ def metrics_of(method: str, steps: int, seconds: float, psnr: float) -> list[dic
             measured = {"kind": "val", "step": step, "set": "photos", "protocol": "sr-y", "seconds": seconds * part}
             lines.append(measured | scores(reached, 0.9))
     return lines
+
+
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process and those it starts compute on one thread: tiny networks only lose by more, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -220,8 +220,9 @@ def test_folder_of_another_config_is_refused(launched, config_file: Path, tmp_pa
     overrides = teacher_weights(config_file)
     with pytest.raises(KeyboardInterrupt):
         run_and_compare(config_file, ["scratch", "output"], tmp_path / "out", overrides)
-    with pytest.raises(InputError, match=r"another config: train\.lr 0\.0002 \(now 0\.001\)"):
+    with pytest.raises(InputError, match=r"another config \(train\.lr: 0\.0002 -> 0\.001\)"):
         run_and_compare(config_file, ["scratch", "output"], tmp_path / "out", [*overrides, "train.lr=1e-3"])
+    run_and_compare(config_file, ["scratch", "output"], tmp_path / "out", [*overrides, "train.accumulate=2"])
 
 
 def test_a_problem_of_any_method_is_found_before_the_first_training(

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from trainers import crops
-from trainers.charts import Level, Series, line_chart, log_ticks, number, thin, ticks
+from trainers.charts import RIGHT, WIDTH, Level, Series, line_chart, log_ticks, number, thin, ticks
 from trainers.errors import InputError
 from trainers.report import duration, quantity, signed, write_report
 from trainers.results import at, flat, load_run
@@ -211,6 +211,14 @@ def test_chart_puts_points_where_the_axes_say() -> None:
         value for tag, name, value in document.attributes if (tag, name) == ("line", "y1") and float(value) == y2
     )
     assert level
+
+
+def test_x_axis_ends_with_the_curve() -> None:
+    document = Document(line_chart("t", "x", "y", [Series("a", [(100, 0), (1150, 1)], 0, 0)]))
+    points = next(value for tag, name, value in document.attributes if (tag, name) == ("polyline", "points"))
+    assert float(points.split()[-1].split(",")[0]) == WIDTH - RIGHT
+    assert "1,000" in document.text
+    assert "1,200" not in document.text
 
 
 def test_chart_leaves_out_what_is_not_finite() -> None:

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.trainers.tiny import assert_same_state, last_state, metrics, write_tiny
+from trainers import launch
 from trainers.cli import main
 from trainers.run_folder import RunFolder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KILLED_IN_STEP = """
 import os, signal, sys
@@ -61,6 +64,19 @@ def test_a_signal_saves_the_state(tmp_path: Path, with_signal: str) -> None:
     assert (runs / "stopped" / "checkpoints" / "last").read_text() == "step-000005\n"
     assert main(["resume", str(runs / "stopped")]) == 0
     assert_same_state(last_state(runs / "scratch"), last_state(runs / "stopped"))
+
+
+def test_sigterm_outside_of_the_steps_interrupts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the results are written: the state is saved already, and resume goes on to write them."""
+    monkeypatch.setattr(launch, "write_results", lambda *arguments, **named: signal.raise_signal(signal.SIGTERM))
+    config = write_tiny(tmp_path)
+    run = tmp_path / "runs" / "scratch"
+    assert main(["train", str(config)]) == 130
+    assert (run / "checkpoints" / "last").read_text() == "step-000004\n"
+    assert not (run / "result.json").exists()
+    monkeypatch.undo()
+    assert main(["resume", str(run)]) == 0
+    assert (run / "report.html").is_file()
 
 
 def test_sigterm_to_the_whole_group_saves_the_state(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Weights, their schedules, logging, gradient accumulation, several devices and re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -37,19 +37,31 @@ class Requirements:
     """A sample's loss depends on the teacher's features of other samples: `Batch.shared` is filled."""
 
 
-@dataclass(frozen=True)
 class Batch:
-    """A micro-batch: m rows of the step's effective batch of B samples."""
+    """A micro-batch: m rows of the step's effective batch of B samples.
 
-    lq: Tensor
-    """(m, 3, h, w) degraded input in [0, 1]."""
-    gt: Tensor
-    """(m, 3, H, W) ground truth in [0, 1]."""
-    rows: slice = field(default_factory=lambda: slice(None))
-    """Where these m samples stand in the effective batch."""
-    shared: Mapping[str, tuple[Tensor, Features]] = field(default_factory=dict)
-    """Output and taps of each teacher for all B samples, for batch-coupled methods: whatever the split into
-    micro-batches and devices, a sample meets the same others."""
+    An ordinary class and no dataclass or dict: Fabric would walk into those, and round the ground truth to bfloat16.
+    """
+
+    def __init__(
+        self,
+        lq: Tensor,
+        gt: Tensor,
+        rows: slice = slice(None),
+        shared: Mapping[str, tuple[Tensor, Features]] | None = None,
+    ) -> None:
+        """
+        Args:
+            lq: (m, 3, h, w) degraded input in [0, 1].
+            gt: (m, 3, H, W) ground truth in [0, 1].
+            rows: where these m samples stand in the effective batch.
+            shared: output and taps of each teacher for all B samples, for batch-coupled methods: whatever the split
+                into micro-batches and devices, a sample meets the same others.
+        """
+        self.lq = lq
+        self.gt = gt
+        self.rows = rows
+        self.shared = shared or {}
 
 
 class Method(nn.Module):

@@ -1,0 +1,90 @@
+"""How benchmarks measure: providers interleaved in one process, so that a machine's mood hits all of them, and ratios of medians."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], object]
+
+
+def synchronised(call: Call, device: str) -> Call:
+    """`call`, returning when its work is done and not when it is queued."""
+    if device == "cpu":
+        return call
+
+    def run() -> object:
+        result = call()
+        torch.cuda.synchronize()
+        return result
+
+    return run
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one provider: median and the distance between the quartiles."""
+
+    median: float
+    spread: float
+
+
+def interleave(calls: Mapping[str, Call], rounds: int = 15) -> dict[str, Timing]:
+    """Time every call `rounds` times, in turn, after one warm-up each."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(median(s), quantiles(s)[2] - quantiles(s)[0]) for name, s in seconds.items()}
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """By how much memory rises above what is held before the call, at its highest, results included.
+
+    On CUDA this is the allocator's count. On a CPU it is the peak of the resident set, which the kernel lets a process reset
+    (/proc/self/clear_refs) once malloc has given back what it hoards: it sees the scratch of every library, not only torch's tensors.
+    A warm-up keeps first-time costs (threads, loaded code) out.
+    """
+    call()
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - held
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    held = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - held
+
+
+def _resident(key: str) -> int:
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, f"/proc/self/status has no {key}"
+    return int(found[1]) * 1024
+
+
+def size(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the tensors together."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def relative_error(got: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """The largest error of any tensor, relative to that tensor's largest entry."""
+    return max(float((g.double() - t).abs().max() / t.abs().max()) for g, t in zip(got, truth, strict=True))

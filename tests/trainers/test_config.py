@@ -1,0 +1,215 @@
+"""Configs: every mistake is found at once, in its place, with the name that was meant."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from trainers import starter
+from trainers.config import Config
+from trainers.config_file import changes, dump_config, load_config, read_config
+from trainers.errors import InputError
+from trainers.methods import METHODS
+from trainers.methods.facd import FACDOptions
+from trainers.methods.scratch import ScratchOptions
+
+RECIPES = Path(starter.__file__).parent / "recipes"
+
+GOOD = """\
+name: good
+teacher: {arch: edsr, weights: teacher.safetensors}
+student: {arch: edsr, features: 16}
+method: {name: facd, adaptive: false}
+train: {steps: 10}
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(folder: Path, text: str, *overrides: str) -> list[str]:
+    """The problems of a config, without the folder."""
+    return [problem.removeprefix(f"{folder}/") for problem in read_config(write(folder, text), overrides).problems]
+
+
+def test_a_good_config_and_its_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, GOOD))
+    assert isinstance(config.method, FACDOptions)
+    assert config.method.weights.contrast == 0.015
+    assert config.student.features == 16
+    assert config.student.scale == config.scale == 2
+    assert config.teacher is not None
+    assert config.teacher.weights == str(tmp_path / "teacher.safetensors")  # relative to the file
+
+
+def test_all_mistakes_at_once(tmp_path: Path) -> None:
+    text = """\
+name: bad
+studnt: {arch: edsr}
+student: {arch: edsr, feature: 16}
+teacher: {arch: edsr, weights: x.pth}
+data:
+  batch: 2.0
+  train: {gt: folder, ql: other}
+  val: [{name: a, gt: photos, lqs: x}]
+method:
+  name: facd
+  adaptiv: true
+  weights: {contrast: {shar: 0.1}}
+train: {steps: ten, devices: []}
+"""
+    assert set(problems(tmp_path, text)) == {
+        "run.yaml:2:1: studnt: unknown key; did you mean student?",
+        "run.yaml:3:23: student.feature: unknown key; did you mean features?",
+        "run.yaml:6:3: data.batch: Input should be a valid integer, but is 2.0",
+        "run.yaml:7:23: data.train.ql: unknown key; known here: gt, lq, lq_template",
+        "run.yaml:8:31: data.val.0.lqs: unknown key; did you mean lq?",
+        "run.yaml:11:3: method.adaptiv: unknown key; did you mean adaptive?",
+        "run.yaml:12:13: method.weights.contrast.share: is missing",
+        "run.yaml:12:24: method.weights.contrast.shar: unknown key; did you mean share?",
+        "run.yaml:13:9: train.steps: Input should be a valid integer, but is 'ten'",
+        "run.yaml:13:21: train.devices: must be auto or a number, but is []",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("name: fcad", "run.yaml:4:10: method.name: there is no fcad; did you mean facd?"),
+        ("nome: facd", "run.yaml:4:1: method.name: is missing"),
+        ("name: facd, weights: {contrast: strong}", "run.yaml:4:32: method.weights.contrast: must be a number"),
+    ],
+)
+def test_the_method_block(tmp_path: Path, change: str, said: str) -> None:
+    found = problems(tmp_path, GOOD.replace("name: facd, adaptive: false", change))
+    assert any(problem.startswith(said) for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.batch=1"], "--set data.batch=1: data.batch: method facd contrasts patches of a batch: 1 is below 2"),
+        (["train.accumulate=3"], "--set train.accumulate=3: train.accumulate: 3 does not divide the batch of 16"),
+        (["data.patch=95"], "--set data.patch=95: data.patch: 95 is not a multiple of 2"),
+        (["teacher=null"], "--set teacher=null: teacher: method facd needs a teacher"),
+        (["teacher.weights=null"], "teacher: a teacher needs trained weights"),
+        (["student.scale=4"], "--set student.scale=4: student.scale: 4, but the run's scale is 2"),
+        (["method.weights.pixel={share: 1}"], "method.weights.pixel: shares are measured against the pixel term"),
+        (["train.step=10"], "--set train.step=10: train.step: unknown key; did you mean steps?"),
+        (["train.lr=fast"], "--set train.lr=fast: train.lr: Input should be a valid number"),
+        (["train.ema=1"], "--set train.ema=1: train.ema: Input should be less than 1"),
+        (["scale=5"], "--set scale=5: scale: Input should be 2, 3, 4 or 8"),
+        (["train.lr=${nowhere}"], "nowhere"),
+        (["train.steps"], "--set train.steps: write it as --set key.of.the.config=value"),
+        (["name.first=x"], "--set name.first=x: "),
+        (["data.val=[{name: a, gt: photos}, {name: a, gt: photos}]"], "data.val: two sets are called a"),
+    ],
+)
+def test_what_an_override_breaks(tmp_path: Path, overrides: list[str], said: str) -> None:
+    found = problems(tmp_path, GOOD, *overrides)
+    assert any(said in problem for problem in found), found
+
+
+def test_overrides_are_typed(tmp_path: Path) -> None:
+    overrides = [
+        "train.lr=3e-4",
+        "train.warmup=${train.steps}",
+        "train.ema=null",
+        "data.val[0].name=other",
+        "method.weights.contrast={share: 0.1}",
+    ]
+    config = load_config(write(tmp_path, GOOD + "data: {val: [{name: a, gt: photos}]}\n"), overrides)
+    assert (config.train.lr, config.train.ema, config.data.val[0].name) == (3e-4, None, "other")
+    assert config.train.warmup == 10
+    assert "train.lr: 0.0002 -> 0.0003" in changes(load_config(tmp_path / "run.yaml"), config)
+
+
+def test_another_method_drops_the_old_keys_and_says_so(tmp_path: Path) -> None:
+    text = GOOD.replace("adaptive: false", "adaptive: false, weights: {pixel: 1.0, contrast: 0.1}")
+    reading = read_config(write(tmp_path, text), ["method.name=scratch"])
+    assert reading.problems == []
+    assert reading.config is not None
+    assert isinstance(reading.config.method, ScratchOptions)
+    assert reading.config.method.weights.pixel == 1.0
+    assert reading.notes == ["method scratch has no adaptive, weights.contrast: dropped from the file's method block"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("name: [", "run.yaml:1:8: not valid YAML"),
+        ("name: a\nname: b", "not valid YAML: found duplicate key name"),
+        ("- a", "must hold keys and values"),
+        ("", "must hold keys and values"),
+        ("name: ${nowhere}\n", "nowhere"),
+        ("name: ../elsewhere\n", "name: String should match pattern"),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, text: str, said: str) -> None:
+    assert any(said in problem for problem in problems(tmp_path, text))
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_config_goes_round(tmp_path: Path, method: str) -> None:
+    path = tmp_path / "run.yaml"
+    starter.write_starter(path, "sr", method)
+    config = load_config(path)
+    assert config.method.name == method
+    path.write_text(dump_config(config))
+    assert load_config(path) == config
+    with pytest.raises(InputError, match="exists already"):
+        starter.write_starter(path, "sr", method)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_valid(recipe: Path) -> None:
+    load_config(recipe)
+
+
+def test_every_key_is_described() -> None:
+    schema = json.loads(starter.schema())
+    sections = [schema, *schema["$defs"].values()]
+    bare = [
+        f"{section.get('title')}.{name}"
+        for section in sections
+        for name, field in section.get("properties", {}).items()
+        if not field.get("description", "").endswith(".") and "$ref" not in field
+    ]
+    assert bare == []
+    assert all(section.get("description") for section in sections)
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=2)
+    )
+)
+def test_no_value_crashes_the_reader(value: Any) -> None:
+    """Whatever stands at a key, the answer is a config or a list of problems."""
+    tree = yaml.safe_load(GOOD)
+    for key in ("data", "method", "train", "student", "scale"):
+        with tempfile.TemporaryDirectory() as folder:
+            reading = read_config(write(Path(folder), yaml.safe_dump(tree | {key: value})))
+        assert reading.config is not None or reading.problems
+
+
+def test_sections_do_not_change() -> None:
+    assert issubclass(Config, BaseModel)
+    assert Config.model_config["frozen"]
+    assert Config.model_config["extra"] == "forbid"
