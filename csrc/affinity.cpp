@@ -8,7 +8,6 @@
 #include <tuple>
 #include <vector>
 
-#include "common/dtypes.h"
 #include "common/maps.h"
 #include "common/parallel.h"
 #include "common/products.h"

@@ -1,5 +1,5 @@
-// Spatial attention on the CPU, what its two directions share. Rows are positions of the query, columns positions of the key; packed
-// operands are described in common/maps.h.
+// Spatial attention on the CPU, what its two directions share. Rows are positions of the query, columns positions of
+// the key; packed operands are described in common/maps.h.
 #pragma once
 
 #include <algorithm>
@@ -53,10 +53,11 @@ Buffer<T> padded_statistics(const T* statistics, int64_t batches, int64_t count,
 
 // result(row, channel) = numbers[row * pitch + channel] * factors[row]
 template <typename scalar_t, typename T>
-KDOPS_CLONED void scatter(const T* numbers, int64_t pitch, const T* factors, int64_t rows, int64_t channels, scalar_t* result,
-                          int64_t row_stride, int64_t channel_stride) {
+KDOPS_CLONED void scatter(const T* numbers, int64_t pitch, const T* factors, int64_t rows, int64_t channels,
+                          scalar_t* result, int64_t row_stride, int64_t channel_stride) {
   for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t i = 0; i < rows; ++i) narrow(numbers[i * pitch + c] * factors[i], result[i * row_stride + c * channel_stride]);
+    for (int64_t i = 0; i < rows; ++i)
+      narrow(numbers[i * pitch + c] * factors[i], result[i * row_stride + c * channel_stride]);
   }
 }
 

@@ -1,8 +1,9 @@
 // Spatial attention on the CPU, backward.
 //
-// A task is a run of key tiles of one sample. Weights and their gradients come straight out of the products' registers (the
-// statistics of the softmax are known), and are summed over a block of query positions at once for the gradients of key and value.
-// The gradient of the query is summed within each task, and then over the tasks in order: how many there are follows from the shape.
+// A task is a run of key tiles of one sample. Weights and their gradients come straight out of the products' registers
+// (the statistics of the softmax are known), and are summed over a block of query positions at once for the gradients
+// of key and value. The gradient of the query is summed within each task, and then over the tasks in order: how many
+// there are follows from the shape.
 #pragma once
 
 #include <optional>
@@ -58,8 +59,8 @@ KDOPS_INLINE void mask(Block<T>& block, int64_t rows, int64_t columns) {
 
 // Weights and, if wanted, gradients of the logits, of one row panel and a tile of `count` column panels.
 template <typename T, bool OverRows>
-KDOPS_INLINE void row_panel_gradients(const Operands<T>& from, const Sizes& sizes, int64_t row_panel, int64_t first, int64_t count,
-                                      bool want_logits, T* weights, T* logits) {
+KDOPS_INLINE void row_panel_gradients(const Operands<T>& from, const Sizes& sizes, int64_t row_panel, int64_t first,
+                                      int64_t count, bool want_logits, T* weights, T* logits) {
   const int64_t block_rows = kBlockPanels * kRows, row = row_panel * kRows;
   const int64_t channels = padded(sizes.channels, kRows), value_channels = padded(sizes.value_channels, kRows);
   for (int64_t panel = first; panel < first + count; ++panel) {
@@ -92,7 +93,8 @@ KDOPS_INLINE void row_panel_gradients(const Operands<T>& from, const Sizes& size
 
 // sums [panel][channels padded to 6][16] += packed rows of a block, transposed, times `factors` [panel][96 rows][16]
 template <typename T>
-KDOPS_INLINE void add_over_rows(const T* packed_rows, int64_t channels, int64_t row_panels, const T* factors, int64_t panel, T* sums) {
+KDOPS_INLINE void add_over_rows(const T* packed_rows, int64_t channels, int64_t row_panels, const T* factors,
+                                int64_t panel, T* sums) {
   for (int64_t c = 0; c < channels; c += kRows) {
     T* const to = sums + (panel * channels + c) * kColumns;
     Block<T> block;
@@ -105,8 +107,8 @@ KDOPS_INLINE void add_over_rows(const T* packed_rows, int64_t channels, int64_t 
 
 // All rows against the tile of `count` column panels from `first` on.
 template <typename T, bool OverRows>
-KDOPS_CLONED void tile_gradients(const Operands<T>& from, const Sizes& sizes, int64_t first, int64_t count, bool want_value,
-                                 bool want_logits, TileGradients<T> to) {
+KDOPS_CLONED void tile_gradients(const Operands<T>& from, const Sizes& sizes, int64_t first, int64_t count,
+                                 bool want_value, bool want_logits, TileGradients<T> to) {
   const int64_t block_rows = kBlockPanels * kRows, positions = sizes.column_panels() * kColumns;
   const int64_t channels = padded(sizes.channels, kRows), value_channels = padded(sizes.value_channels, kRows);
   const int64_t query_panels = panels(sizes.channels, kColumns), pitch = query_panels * kColumns;
@@ -114,8 +116,8 @@ KDOPS_CLONED void tile_gradients(const Operands<T>& from, const Sizes& sizes, in
     const int64_t here = std::min(kBlockPanels, sizes.row_panels() - block);
     for (int64_t panel = 0; panel < here; ++panel) {
       T* const logits = to.logits + panel * kRows * kColumns;
-      row_panel_gradients<T, OverRows>(from, sizes, block + panel, first, count, want_logits, to.weights + panel * kRows * kColumns,
-                                       logits);
+      row_panel_gradients<T, OverRows>(from, sizes, block + panel, first, count, want_logits,
+                                       to.weights + panel * kRows * kColumns, logits);
       for (int64_t c = 0; want_logits && to.query && c < query_panels; ++c) {
         T* const sums = to.query + (block + panel) * kRows * pitch + c * kColumns;
         Block<T> sum;
@@ -127,7 +129,8 @@ KDOPS_CLONED void tile_gradients(const Operands<T>& from, const Sizes& sizes, in
     }
     for (int64_t panel = 0; panel < count; ++panel) {
       if (want_value) {
-        add_over_rows(from.grad_rows + block * value_channels * kRows, value_channels, here, to.weights, panel, to.value);
+        add_over_rows(from.grad_rows + block * value_channels * kRows, value_channels, here, to.weights, panel,
+                      to.value);
       }
       if (want_logits && to.key) {
         add_over_rows(from.query_rows + block * channels * kRows, channels, here, to.logits, panel, to.key);
@@ -138,7 +141,8 @@ KDOPS_CLONED void tile_gradients(const Operands<T>& from, const Sizes& sizes, in
 
 // delta of the columns of a tile: the value times its gradient, summed over the channels.
 template <typename T>
-KDOPS_CLONED void column_delta(const T* value_columns, const T* value_gradient, int64_t channels, int64_t count, T* delta) {
+KDOPS_CLONED void column_delta(const T* value_columns, const T* value_gradient, int64_t channels, int64_t count,
+                               T* delta) {
   const int64_t pitch = padded(channels, kRows) * kColumns;
   for (int64_t panel = 0; panel < count; ++panel) {
     for (int64_t column = 0; column < kColumns; ++column) {
@@ -175,13 +179,6 @@ Buffer<Accumulator<scalar_t>> row_delta(const Map& out, const Map& grad) {
   return delta;
 }
 
-struct Wanted {
-  const std::optional<Map>& query;  // where to write each gradient; none where not wanted
-  const std::optional<Map>& key;
-  const std::optional<Map>& value;
-  bool shared;  // key and value are one tensor: the key's gradient holds both
-};
-
 // Writes the sums of a tile, [panel][channels padded to 6][16], to the gradient of key or value.
 template <typename scalar_t, typename T>
 void write_columns(const T* sums, const Map& to, int64_t batch, int64_t first, int64_t count) {
@@ -209,74 +206,104 @@ void write_query(T* sums, const Sizes& sizes, int64_t groups, T scale, const Map
   const int64_t pitch = padded(sizes.channels, kColumns), size = sizes.row_panels() * kRows * pitch;
   const int64_t blocks = panels(sizes.row_panels(), kBlockPanels), block_rows = kBlockPanels * kRows;
   for_each_task<T>(sizes.batches * blocks, block_rows, [&](int64_t task, T* factors) {
-    const int64_t batch = task / blocks, first = task % blocks * block_rows, here = std::min(block_rows, sizes.rows - first);
+    const int64_t batch = task / blocks, first = task % blocks * block_rows;
+    const int64_t here = std::min(block_rows, sizes.rows - first);
     T* const total = sums + batch * groups * size + first * pitch;
     for (int64_t group = 1; group < groups; ++group) add_to(total, total + group * size, here * pitch);
     std::fill(factors, factors + here, scale);
     scatter(total, pitch, factors, here, sizes.channels,
-            data<scalar_t>(to.tensor) + batch * to.batch_stride + first * to.position_stride, to.position_stride, to.channel_stride);
+            data<scalar_t>(to.tensor) + batch * to.batch_stride + first * to.position_stride, to.position_stride,
+            to.channel_stride);
   });
 }
 
+struct Given {
+  const Map &query, &key, &value, &grad, &out;
+  bool shared;  // key and value are one tensor, whose gradient as key holds both
+};
+
+// Where to write each gradient; none where it is not wanted.
+struct Wanted {
+  const std::optional<Map>&query, &key, &value;
+};
+
 template <typename scalar_t, bool OverRows>
-void gradients(const Sizes& sizes, const Map& query, const Map& key, const Map& value, const Map& grad, const Map& out,
-               const Accumulator<scalar_t>* statistics, Accumulator<scalar_t> scale, Wanted wanted) {
+class PackedOperands {
+  using T = Accumulator<scalar_t>;
+  const Sizes& sizes;
+  const Buffer<T> query_rows, grad_rows, key_columns, key_channels, value_columns, statistics, delta;
+
+ public:
+  PackedOperands(const Sizes& sizes, const Given& given, const T* statistics, T scale, bool need_query)
+      : sizes(sizes),
+        query_rows(packed_positions<kRows, scalar_t>(given.query, padded(sizes.channels, kRows), scale)),
+        grad_rows(packed_positions<kRows, scalar_t>(given.grad, padded(sizes.value_channels, kRows))),
+        key_columns(packed_positions<kColumns, scalar_t>(given.key, sizes.channels)),
+        key_channels(need_query ? packed_channels<scalar_t>(given.key) : nullptr),
+        value_columns(given.shared ? nullptr : packed_positions<kColumns, scalar_t>(given.value, sizes.value_channels)),
+        statistics(OverRows ? padded_statistics(statistics, sizes.batches, sizes.columns, kColumns)
+                            : padded_statistics(statistics, sizes.batches, sizes.rows, kRows)),
+        delta(OverRows ? allocate<T>(sizes.batches * sizes.column_panels() * kColumns)
+                       : row_delta<scalar_t>(given.out, given.grad)) {
+  }
+
+  Operands<T> of(int64_t batch) const {
+    const int64_t rows = batch * sizes.row_panels() * kRows, columns = batch * sizes.column_panels() * kColumns;
+    const T* const keys = key_columns.get() + columns * sizes.channels;
+    return {query_rows.get() + rows * padded(sizes.channels, kRows),
+            grad_rows.get() + rows * padded(sizes.value_channels, kRows),
+            keys,
+            key_channels ? key_channels.get() + batch * sizes.packed_channels(sizes.channels) : nullptr,
+            value_columns ? value_columns.get() + columns * sizes.value_channels : keys,
+            statistics.get() + (OverRows ? columns : rows),
+            delta.get() + (OverRows ? columns : rows)};
+  }
+};
+
+template <typename scalar_t, bool OverRows>
+void gradients(const Sizes& sizes, const Given& given, const Accumulator<scalar_t>* statistics,
+               Accumulator<scalar_t> scale, const Wanted& wanted) {
   using T = Accumulator<scalar_t>;
   const bool need_query = wanted.query.has_value(), need_key = wanted.key.has_value();
-  const bool want_logits = need_query || need_key, need_value = wanted.value.has_value() || (wanted.shared && need_key);
-  const bool want_value = need_value || (OverRows && want_logits);
-  const int64_t channels = padded(sizes.channels, kRows), value_channels = padded(sizes.value_channels, kRows);
-  const int64_t columns = sizes.column_panels() * kColumns, rows = sizes.row_panels() * kRows;
+  const bool want_logits = need_query || need_key, want_value = wanted.value || (given.shared && need_key);
+  const PackedOperands<scalar_t, OverRows> packed(sizes, given, statistics, scale, need_query);
 
-  const auto query_rows = packed_positions<kRows, scalar_t>(query, channels, scale);
-  const auto grad_rows = packed_positions<kRows, scalar_t>(grad, value_channels);
-  const auto key_columns = packed_positions<kColumns, scalar_t>(key, sizes.channels);
-  const auto value_columns = wanted.shared ? nullptr : packed_positions<kColumns, scalar_t>(value, sizes.value_channels);
-  const auto key_channels = need_query ? packed_channels<scalar_t>(key) : nullptr;
-  const auto padded_stats = OverRows ? padded_statistics(statistics, sizes.batches, sizes.columns, kColumns)
-                                     : padded_statistics(statistics, sizes.batches, sizes.rows, kRows);
-  const auto delta = OverRows ? allocate<T>(sizes.batches * columns) : row_delta<scalar_t>(out, grad);
-
-  const int64_t tile = tile_panels<T>(kBackwardTile, 3 * sizes.channels + 2 * sizes.value_channels, sizes.column_panels());
+  const int64_t numbers = 3 * sizes.channels + 2 * sizes.value_channels;  // packed and summed, of each column
+  const int64_t tile = tile_panels<T>(kBackwardTile, numbers, sizes.column_panels());
   const int64_t tiles = panels(sizes.column_panels(), tile);
   // A gradient of the query for every group, so there are few; without it every tile is a task of its own.
-  const int64_t most_groups = std::clamp<int64_t>(kQueryTasks / sizes.batches, 1, panels(sizes.column_panels(), kShortestGroup));
-  const int64_t tiles_per_group = need_query ? panels(tiles, most_groups) : 1;
-  const int64_t groups = panels(tiles, tiles_per_group);
-  const int64_t query_size = rows * padded(sizes.channels, kColumns);
-  const auto query_sums = need_query ? allocate<T>(sizes.batches * groups * query_size) : nullptr;
+  const int64_t most_groups =
+      std::clamp<int64_t>(kQueryTasks / sizes.batches, 1, panels(sizes.column_panels(), kShortestGroup));
+  const int64_t tiles_per_group = need_query ? panels(tiles, most_groups) : 1, groups = panels(tiles, tiles_per_group);
+  const int64_t query_size = sizes.row_panels() * kRows * padded(sizes.channels, kColumns);
+  const Buffer<T> query_sums = need_query ? allocate<T>(sizes.batches * groups * query_size) : nullptr;
 
   const int64_t factors_size = tile * kBlockPanels * kRows * kColumns;
-  const int64_t key_size = tile * channels * kColumns, value_size = tile * value_channels * kColumns;
-  for_each_task<T>(sizes.batches * groups, 2 * factors_size + key_size + value_size, [&](int64_t task, T* weights) {
-    const int64_t batch = task / groups, group = task % groups;
-    const T* const keys = key_columns.get() + batch * columns * sizes.channels;
-    const Operands<T> from{query_rows.get() + batch * rows * channels,
-                           grad_rows.get() + batch * rows * value_channels,
-                           keys,
-                           key_channels.get() + (need_query ? batch * sizes.packed_channels(sizes.channels) : 0),
-                           wanted.shared ? keys : value_columns.get() + batch * columns * sizes.value_channels,
-                           padded_stats.get() + batch * (OverRows ? columns : rows),
-                           delta.get() + batch * (OverRows ? columns : rows)};
-    T* const key_sums = weights + 2 * factors_size;
-    TileGradients<T> to{weights, weights + factors_size, need_key ? key_sums : nullptr,
-                        wanted.shared ? key_sums : key_sums + key_size,
-                        need_query ? query_sums.get() + task * query_size : nullptr};
-    if (to.query) std::fill(to.query, to.query + query_size, T(0));
-    const int64_t end = std::min((group + 1) * tiles_per_group, tiles);
-    for (int64_t first = group * tiles_per_group * tile; first < std::min(end * tile, sizes.column_panels()); first += tile) {
-      const int64_t count = std::min(tile, sizes.column_panels() - first);
-      std::fill(key_sums, key_sums + key_size + value_size, T(0));
+  const int64_t key_size = tile * padded(sizes.channels, kRows) * kColumns;
+  const int64_t value_size = tile * padded(sizes.value_channels, kRows) * kColumns;
+  const int64_t scratch_size = 2 * factors_size + key_size + value_size;
+  for_each_task<T>(sizes.batches * groups, scratch_size, [&](int64_t task, T* scratch) {
+    const int64_t batch = task / groups, begin = task % groups * tiles_per_group * tile;
+    const int64_t end = std::min(begin + tiles_per_group * tile, sizes.column_panels());
+    const Operands<T> from = packed.of(batch);
+    T* const key_sums = scratch + 2 * factors_size;
+    T* const value_sums = given.shared ? key_sums : key_sums + key_size;
+    const TileGradients<T> to{scratch, scratch + factors_size, need_key ? key_sums : nullptr, value_sums,
+                              need_query ? query_sums.get() + task * query_size : nullptr};
+    if (need_query) std::fill(to.query, to.query + query_size, T(0));
+    for (int64_t first = begin; first < end; first += tile) {
+      const int64_t count = std::min(tile, end - first);
+      std::fill(key_sums, scratch + scratch_size, T(0));
       if (OverRows && want_logits) {  // delta comes from the value's gradient, so that is needed first
         tile_gradients<T, OverRows>(from, sizes, first, count, true, false, to);
-        column_delta(from.value_columns + first * sizes.value_channels * kColumns, to.value, sizes.value_channels, count,
-                     from.delta + first * kColumns);
+        column_delta(from.value_columns + first * sizes.value_channels * kColumns, value_sums, sizes.value_channels,
+                     count, from.delta + first * kColumns);
         tile_gradients<T, OverRows>(from, sizes, first, count, false, true, to);
       } else {
         tile_gradients<T, OverRows>(from, sizes, first, count, want_value, want_logits, to);
       }
-      if (need_key) write_columns<scalar_t>(to.key, *wanted.key, batch, first, count);
-      if (wanted.value) write_columns<scalar_t>(to.value, *wanted.value, batch, first, count);
+      if (need_key) write_columns<scalar_t>(key_sums, *wanted.key, batch, first, count);
+      if (wanted.value) write_columns<scalar_t>(value_sums, *wanted.value, batch, first, count);
     }
   });
   if (need_query) write_query<scalar_t>(query_sums.get(), sizes, groups, scale, *wanted.query);

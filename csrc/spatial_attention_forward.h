@@ -1,7 +1,7 @@
 // Spatial attention on the CPU, forward.
 //
-// A task is a block of query positions. Six rows of logits over a tile of keys stay in the L1 cache while they become weights under a
-// running maximum and are multiplied with the values.
+// A task is a block of query positions. Six rows of logits over a tile of keys stay in the L1 cache while they become
+// weights under a running maximum and are multiplied with the values.
 #pragma once
 
 #include "spatial_attention.h"
@@ -23,9 +23,11 @@ struct RowState {
   T* sum;
 };
 
-// Logits of 6 rows and a tile, [panel][6][16]; columns that do not exist are -infinity. Returns the maximum of each row in `maximum`.
+// Logits of 6 rows and a tile, [panel][6][16]; columns that do not exist are -infinity. Returns the maximum of each row
+// in `maximum`.
 template <typename T>
-KDOPS_INLINE void tile_logits(const T* query, const T* keys, int64_t channels, int64_t count, int64_t columns, T* logits, T* maximum) {
+KDOPS_INLINE void tile_logits(const T* query, const T* keys, int64_t channels, int64_t count, int64_t columns,
+                              T* logits, T* maximum) {
   constexpr T kNothing = -std::numeric_limits<T>::infinity();
   Vector<T> largest[kRows];
   for (int64_t i = 0; i < kRows; ++i) largest[i] = Vector<T>{} + kNothing;
@@ -36,7 +38,9 @@ KDOPS_INLINE void tile_logits(const T* query, const T* keys, int64_t channels, i
     T* const to = logits + panel * kRows * kColumns;
     store(block, to, kColumns);
     if (columns < (panel + 1) * kColumns) {
-      for (int64_t i = 0; i < kRows; ++i) std::fill(to + i * kColumns + columns % kColumns, to + (i + 1) * kColumns, kNothing);
+      for (int64_t i = 0; i < kRows; ++i) {
+        std::fill(to + i * kColumns + columns % kColumns, to + (i + 1) * kColumns, kNothing);
+      }
       load(block, to, kColumns);
     }
     for (int64_t i = 0; i < kRows; ++i) {
@@ -87,8 +91,8 @@ KDOPS_INLINE void tile_column_weights(T* logits, int64_t count, const T* statist
 
 // A block of `count` row panels against all columns.
 template <typename T, Normalize Over>
-KDOPS_CLONED void attend(const T* query, const T* keys, const T* values, const T* statistics, const Sizes& sizes, int64_t count,
-                         int64_t tile, T* weights, RowState<T> state) {
+KDOPS_CLONED void attend(const T* query, const T* keys, const T* values, const T* statistics, const Sizes& sizes,
+                         int64_t count, int64_t tile, T* weights, RowState<T> state) {
   const int64_t channels = sizes.channels, value_panels = panels(sizes.value_channels, kColumns);
   const int64_t pitch = value_panels * kColumns, positions = sizes.column_panels() * kColumns;
   std::fill(state.weighted, state.weighted + count * kRows * pitch, T(0));
@@ -133,8 +137,8 @@ KDOPS_CLONED void attend(const T* query, const T* keys, const T* values, const T
   }
 }
 
-// Streams all columns past every row. With `out` the weighted values are written there; with `statistics_out` the logarithm of each
-// row's sum. `column_statistics` (padded to 16 in every sample) makes the softmax one over the rows.
+// Streams all columns past every row. With `out` the weighted values are written there; with `statistics_out` the
+// logarithm of each row's sum. `column_statistics` (padded to 16 in every sample) makes the softmax one over the rows.
 template <typename scalar_t, Normalize Over>
 void attend_all(const Sizes& sizes, const Accumulator<scalar_t>* rows, const Accumulator<scalar_t>* columns,
                 const Accumulator<scalar_t>* values, const Accumulator<scalar_t>* column_statistics, scalar_t* out,
@@ -146,19 +150,22 @@ void attend_all(const Sizes& sizes, const Accumulator<scalar_t>* rows, const Acc
   const int64_t weights_size = tile * kRows * kColumns;
   for_each_task<T>(sizes.batches * blocks, weights_size + block_rows * (pitch + 2), [&](int64_t task, T* weights) {
     const int64_t batch = task / blocks, panel = task % blocks * kBlockPanels, first = panel * kRows;
-    const int64_t count = std::min(kBlockPanels, sizes.row_panels() - panel), here = std::min(block_rows, sizes.rows - first);
+    const int64_t count = std::min(kBlockPanels, sizes.row_panels() - panel);
+    const int64_t here = std::min(block_rows, sizes.rows - first);
     T* const weighted = weights + weights_size;
     const RowState<T> state{weighted, weighted + block_rows * pitch, weighted + block_rows * (pitch + 1)};
     attend<T, Over>(rows + (batch * sizes.row_panels() + panel) * sizes.channels * kRows,
                     columns + batch * sizes.packed_columns(sizes.channels),
-                    values + batch * sizes.packed_channels(sizes.value_channels), column_statistics + batch * columns_padded, sizes,
-                    count, tile, weights, state);
+                    values + batch * sizes.packed_channels(sizes.value_channels),
+                    column_statistics + batch * columns_padded, sizes, count, tile, weights, state);
     for (int64_t i = 0; i < here; ++i) {
       if (statistics_out) statistics_out[batch * sizes.rows + first + i] = state.maximum[i] + std::log(state.sum[i]);
       state.sum[i] = Over == Normalize::kColumns ? T(1) : 1 / state.sum[i];
     }
-    if (out) scatter(weighted, pitch, state.sum, here, sizes.value_channels,
-                     out + batch * sizes.value_channels * sizes.rows + first, 1, sizes.rows);
+    if (out) {
+      scatter(weighted, pitch, state.sum, here, sizes.value_channels,
+              out + batch * sizes.value_channels * sizes.rows + first, 1, sizes.rows);
+    }
   });
 }
 

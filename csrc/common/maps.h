@@ -1,23 +1,24 @@
 // Feature maps (C channels, N positions) of any strides and dtype, packed into panels for common/products.h.
 //
 // They are packed once per call, widened to the type of the sums and padded with zeros:
-//   rows      [N / 6][C][6]    positions are the rows of a block; read the other way, channels are the rows in a sum over positions
-//   columns   [N / 16][C][16]  positions are the columns of a block
-//   channels  [C / 16][N][16]  channels are the columns of a block, in a sum over positions
+//   rows      [N / 6][C][6]    positions are the rows of a block; read the other way, channels are the rows in a sum
+//   over positions columns   [N / 16][C][16]  positions are the columns of a block channels  [C / 16][N][16]  channels
+//   are the columns of a block, in a sum over positions
 #pragma once
 
 #include <algorithm>
 #include <optional>
 #include <vector>
 
-#include "dtypes.h"
 #include "parallel.h"
 #include "products.h"
 #include "simd.h"
+#include "tensors.h"
 
 namespace kdops {
 
-// A tensor (B, C, *S) read as (B, C, N) with one stride for the positions; a contiguous copy where its axes have no such stride.
+// A tensor (B, C, *S) read as (B, C, N) with one stride for the positions; a contiguous copy where its axes have no
+// such stride.
 struct Map {
   Tensor tensor;
   int64_t batches, channels, positions;
@@ -65,10 +66,11 @@ struct MapGradient {
   }
 };
 
-// One panel [channels][Width] of positions; `count` of them exist, the rest and the channels up to `padded_channels` are zero.
+// One panel [channels][Width] of positions; `count` of them exist, the rest and the channels up to `padded_channels`
+// are zero.
 template <int64_t Width, typename scalar_t, typename T>
-KDOPS_CLONED void pack_positions(const scalar_t* from, int64_t channel_stride, int64_t position_stride, int64_t channels,
-                                 int64_t padded_channels, int64_t count, T factor, T* to) {
+KDOPS_CLONED void pack_positions(const scalar_t* from, int64_t channel_stride, int64_t position_stride,
+                                 int64_t channels, int64_t padded_channels, int64_t count, T factor, T* to) {
   const bool whole = count == Width;
   std::fill(to + (whole ? channels : 0) * Width, to + padded_channels * Width, T(0));
   for (int64_t c = 0; c < channels; ++c, from += channel_stride, to += Width) {
@@ -82,7 +84,8 @@ KDOPS_CLONED void pack_positions(const scalar_t* from, int64_t channel_stride, i
 
 // [panels of positions][padded_channels][Width] for every batch, times `factor`.
 template <int64_t Width, typename scalar_t>
-Buffer<Accumulator<scalar_t>> packed_positions(const Map& map, int64_t padded_channels, Accumulator<scalar_t> factor = 1) {
+Buffer<Accumulator<scalar_t>> packed_positions(const Map& map, int64_t padded_channels,
+                                               Accumulator<scalar_t> factor = 1) {
   using T = Accumulator<scalar_t>;
   const int64_t count = panels(map.positions, Width), size = padded_channels * Width;
   Buffer<T> packed = allocate<T>(map.batches * count * size);
@@ -110,8 +113,9 @@ Buffer<Accumulator<scalar_t>> packed_channels(const Map& map) {
       const int64_t first = task % count * kColumns;
       const scalar_t* from = values + task / count * map.batch_stride + first * map.channel_stride;
       // The same packing with channels and positions in each other's place.
-      pack_positions<kColumns>(from, map.position_stride, map.channel_stride, map.positions, padded(map.positions, kColumns),
-                               std::min(kColumns, map.channels - first), T(1), packed.get() + task * size);
+      pack_positions<kColumns>(from, map.position_stride, map.channel_stride, map.positions,
+                               padded(map.positions, kColumns), std::min(kColumns, map.channels - first), T(1),
+                               packed.get() + task * size);
     }
   });
   return packed;

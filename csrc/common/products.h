@@ -1,6 +1,7 @@
 // Matrix products in registers, for kernels that work on a product before it reaches memory.
 //
-// A block of 6 x 16 sums stays in registers (12 vectors with AVX2); every step adds 6 numbers of one operand times 16 of the other.
+// A block of 6 x 16 sums stays in registers (12 vectors with AVX2); every step adds 6 numbers of one operand times 16
+// of the other.
 #pragma once
 
 #include <cmath>
@@ -20,7 +21,7 @@ constexpr int64_t padded(int64_t count, int64_t width) {
   return panels(count, width) * width;
 }
 
-// --- vectors and blocks ----------------------------------------------------------------------------------------------------------
+// --- vectors and blocks ---
 
 template <typename T>
 struct VectorOf {
@@ -70,9 +71,11 @@ KDOPS_INLINE void store(const Block<T>& block, T* to, int64_t row_stride) {
   }
 }
 
-// sums[i, :] += sum over o < outer and j < Inner of a[o * outer_stride + i * RowStride + j] * b[(o * Inner + j) * 16 + :]
+// sums[i, :] += sum over o < outer and j < Inner of a[o * outer_stride + i * RowStride + j] * b[(o * Inner + j) * 16 +
+// :]
 template <int RowStride, int Inner, typename T>
-KDOPS_INLINE void multiply_add(Block<T>& sums, const T* __restrict a, int64_t outer_stride, int64_t outer, const T* __restrict b) {
+KDOPS_INLINE void multiply_add(Block<T>& sums, const T* __restrict a, int64_t outer_stride, int64_t outer,
+                               const T* __restrict b) {
   for (int64_t o = 0; o < outer; ++o, a += outer_stride) {
     for (int64_t j = 0; j < Inner; ++j, b += kColumns) {
       Vector<T> columns[kVectors<T>];
