@@ -8,9 +8,8 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
-#include <tuple>
+#include <utility>
 
-#include "common/dtypes.h"
 #include "common/maps.h"
 #include "common/parallel.h"
 #include "common/products.h"
@@ -18,8 +17,8 @@
 namespace kdops {
 namespace {
 
-constexpr int64_t kTileNumbers = 1 << 15;  // of one operand of a tile: 128 KiB in float
-constexpr int64_t kLongestTile = 512;      // positions
+constexpr int64_t kTileNumbers = 1 << 16;  // of one operand of a tile: 256 KiB in float
+constexpr int64_t kLongestTile = 256;      // positions
 constexpr int64_t kShortestChunk = 1024;
 constexpr int64_t kMostChunks = 32;
 
@@ -64,24 +63,74 @@ KDOPS_INLINE void for_each_tile(const Chunks& chunks, int64_t chunk, const Run& 
 
 // --- tiles -----------------------------------------------------------------------------------------------------------------------
 
-// [positions / 16][padded_channels][16] of a head, zero where there is nothing.
+// [positions / 16][padded_channels][16] of a head, zero where there is nothing. Reads along what is contiguous: of rows of positions a
+// short run at a time (longer ones would write to one set of the L1 cache), while the next run of the row is fetched.
 template <typename scalar_t, typename T>
-void pack_tile(const Heads<scalar_t>& maps, int64_t head, int64_t begin, int64_t count, int64_t padded_channels, T* to) {
-  for (int64_t t = 0; t < count; t += kColumns) {
-    pack_positions<kColumns>(static_cast<const scalar_t*>(maps.at(head, 0, begin + t)), maps.channel_stride, maps.position_stride,
-                             maps.channels, padded_channels, std::min(kColumns, count - t), T(1), to + t * padded_channels);
+KDOPS_CLONED void pack_tile(const Heads<scalar_t>& maps, int64_t head, int64_t begin, int64_t count, int64_t padded_channels, T* to) {
+  constexpr int64_t kRun = 8 * kColumns, kLine = 64 / sizeof(scalar_t);
+  const scalar_t* const from = maps.at(head, 0, begin);
+  const int64_t size = padded_channels * kColumns;
+  for (int64_t first = 0; first < count; first += kRun) {
+    const int64_t last = std::min(first + kRun, count), whole = last / kColumns * kColumns;
+    for (int64_t c = 0; c < maps.channels && maps.position_stride == 1; ++c) {
+      const scalar_t* const row = from + c * maps.channel_stride;
+      for (int64_t line = last; line < last + kRun; line += kLine) __builtin_prefetch(row + line);
+      for (int64_t t = first; t < whole; t += kColumns) {
+        const scalar_t* __restrict source = row + t;
+        T* __restrict target = to + t / kColumns * size + c * kColumns;
+#pragma omp simd
+        for (int64_t i = 0; i < kColumns; ++i) target[i] = widen(source[i]);
+      }
+      for (int64_t t = whole; t < padded(last, kColumns); ++t) {
+        to[whole / kColumns * size + c * kColumns + t - whole] = t < last ? widen(row[t]) : T(0);
+      }
+    }
+    for (int64_t t = first; t < padded(last, kColumns) && maps.position_stride != 1; ++t) {
+      T* const column = to + t / kColumns * size + t % kColumns;
+      for (int64_t c = 0; c < maps.channels; ++c) {
+        column[c * kColumns] = t < last ? widen(from[t * maps.position_stride + c * maps.channel_stride]) : T(0);
+      }
+    }
+    for (int64_t t = first; t < last; t += kColumns) {
+      std::fill(to + t / kColumns * size + maps.channels * kColumns, to + (t / kColumns + 1) * size, T(0));
+    }
+  }
+}
+
+// Lanes whose number has the bit `Step` are exchanged between two rows: the step of a transposition of kLanes x kLanes.
+template <int Step, typename T, size_t... Lane>
+KDOPS_INLINE void exchange(Vector<T>& a, Vector<T>& b, std::index_sequence<Lane...>) {
+  constexpr int kCount = sizeof...(Lane);
+  const Vector<T> first = __builtin_shufflevector(a, b, (Lane & Step ? kCount + Lane - Step : Lane)...);
+  b = __builtin_shufflevector(a, b, (Lane & Step ? kCount + Lane : Lane + Step)...);
+  a = first;
+}
+
+template <int Step, typename T>
+KDOPS_INLINE void transpose(Vector<T>* rows) {
+  if constexpr (Step > 0) {
+    for (int64_t i = 0; i < kLanes<T>; ++i) {
+      if (!(i & Step)) exchange<Step, T>(rows[i], rows[i + Step], std::make_index_sequence<kLanes<T>>{});
+    }
+    transpose<Step / 2, T>(rows);
   }
 }
 
 // From [positions / 16][channels padded to 16][16] to [channels / 16][positions][16].
 template <typename T>
-KDOPS_CLONED void turn_tile(const T* __restrict tile, int64_t position_panels, int64_t channel_panels, T* __restrict to) {
+KDOPS_CLONED void turn_tile(const T* tile, int64_t position_panels, int64_t channel_panels, T* to) {
+  constexpr int64_t kSquare = kLanes<T>;
   for (int64_t panel = 0; panel < position_panels; ++panel) {
     for (int64_t c = 0; c < channel_panels; ++c) {
       const T* const from = tile + (panel * channel_panels + c) * kColumns * kColumns;
       T* const block = to + (c * position_panels + panel) * kColumns * kColumns;
-      for (int64_t position = 0; position < kColumns; ++position) {
-        for (int64_t channel = 0; channel < kColumns; ++channel) block[position * kColumns + channel] = from[channel * kColumns + position];
+      for (int64_t i = 0; i < kColumns; i += kSquare) {
+        for (int64_t j = 0; j < kColumns; j += kSquare) {
+          Vector<T> rows[kSquare];
+          for (int64_t row = 0; row < kSquare; ++row) rows[row] = vector(from + (i + row) * kColumns + j);
+          transpose<kSquare / 2, T>(rows);
+          for (int64_t row = 0; row < kSquare; ++row) vector(block + (j + row) * kColumns + i) = rows[row];
+        }
       }
     }
   }
@@ -128,32 +177,36 @@ struct Place {
         rows(std::min(kRows, maps.channels - channel)),
         columns(std::min(kColumns, end - position)) {}
 
+  // Whether rows of a block lie in memory as in registers.
+  template <typename T>
+  KDOPS_INLINE bool direct() const {
+    return std::is_same_v<scalar_t, T> && rows == kRows && columns == kColumns && position_stride == 1;
+  }
+
   // The numbers, zero where there are none.
   template <typename T>
   KDOPS_INLINE void read(Block<T>& block) const {
+    if (direct<T>()) {
+      for (int64_t i = 0; i < kRows; ++i) __builtin_memcpy(block.at[i], values + i * channel_stride, sizeof(block.at[i]));
+      return;
+    }
     alignas(64) T numbers[kRows * kColumns] = {};
     for (int64_t i = 0; i < rows; ++i) {
-      const scalar_t* const from = values + i * channel_stride;
-      if (columns == kColumns && position_stride == 1) {
-        for (int64_t t = 0; t < kColumns; ++t) numbers[i * kColumns + t] = widen(from[t]);
-      } else {
-        for (int64_t t = 0; t < columns; ++t) numbers[i * kColumns + t] = widen(from[t * position_stride]);
-      }
+      for (int64_t t = 0; t < columns; ++t) numbers[i * kColumns + t] = widen(values[i * channel_stride + t * position_stride]);
     }
     load(block, numbers, kColumns);
   }
 
   template <typename T>
   KDOPS_INLINE void write(const Block<T>& block) const {
+    if (direct<T>()) {
+      for (int64_t i = 0; i < kRows; ++i) __builtin_memcpy(values + i * channel_stride, block.at[i], sizeof(block.at[i]));
+      return;
+    }
     alignas(64) T numbers[kRows * kColumns];
     store(block, numbers, kColumns);
     for (int64_t i = 0; i < rows; ++i) {
-      scalar_t* const to = values + i * channel_stride;
-      if (columns == kColumns && position_stride == 1) {
-        for (int64_t t = 0; t < kColumns; ++t) narrow(numbers[i * kColumns + t], to[t]);
-      } else {
-        for (int64_t t = 0; t < columns; ++t) narrow(numbers[i * kColumns + t], to[t * position_stride]);
-      }
+      for (int64_t t = 0; t < columns; ++t) narrow(numbers[i * kColumns + t], values[i * channel_stride + t * position_stride]);
     }
   }
 };
@@ -372,7 +425,7 @@ void distance_backward(const Tensor& attention, const Tensor& to_value, const T*
 // x (B, Cx, N), y (B, Cy, N) -> (B, heads, Cx / heads, Cy / heads) in the type of sums.
 Tensor channel_gram(const Tensor& x, const Tensor& y, int64_t heads) {
   Tensor result = torch::stable::new_empty(x, {x.size(0), heads, x.size(1) / heads, y.size(1) / heads}, accumulator_dtype(x.scalar_type()));
-  for_dtype(x.scalar_type(), [&](auto zero) {
+  for_dtype<float, double, BFloat16, Half>(x.scalar_type(), [&](auto zero) {
     using scalar_t = decltype(zero);
     gram<scalar_t>(x, y, heads, data<Accumulator<scalar_t>>(result));
   });
@@ -381,13 +434,13 @@ Tensor channel_gram(const Tensor& x, const Tensor& y, int64_t heads) {
 
 // out (B, C, N) = matrix (B, heads, C / heads, Cx / heads) @ x (B, Cx, N), or added to it.
 void channel_mix(const Tensor& out, const Tensor& matrix, const Tensor& x, bool onto) {
-  for_dtype(x.scalar_type(), [&](auto zero) { mix<decltype(zero)>(out, matrix, x, onto); });
+  for_dtype<float, double, BFloat16, Half>(x.scalar_type(), [&](auto zero) { mix<decltype(zero)>(out, matrix, x, onto); });
 }
 
 // sum of (attention @ value - target)^2 over each sample, (B,) float64.
 Tensor channel_residual(const Tensor& attention, const Tensor& value, const Tensor& target) {
   Tensor result = torch::stable::new_empty(attention, {attention.size(0)}, ScalarType::Double);
-  for_dtype(value.scalar_type(), [&](auto zero) { distance<decltype(zero)>(attention, value, target, data<double>(result)); });
+  for_dtype<float, double, BFloat16, Half>(value.scalar_type(), [&](auto zero) { distance<decltype(zero)>(attention, value, target, data<double>(result)); });
   return result;
 }
 
@@ -397,7 +450,7 @@ Tensor channel_residual_backward(const Tensor& attention, const Tensor& to_value
                                  std::optional<Tensor> of_target) {
   Tensor result = need_attention ? torch::stable::empty_like(attention) : torch::stable::new_empty(attention, {0});
   const Tensor factors = torch::stable::contiguous(slope);
-  for_dtype(value.scalar_type(), [&](auto zero) {
+  for_dtype<float, double, BFloat16, Half>(value.scalar_type(), [&](auto zero) {
     using scalar_t = decltype(zero);
     using T = Accumulator<scalar_t>;
     distance_backward<scalar_t>(attention, to_value, const_data<T>(factors), value, target,
