@@ -307,15 +307,20 @@ struct Partial {
   T* of(int64_t task) const {
     return sums.get() + task * size;
   }
-  // result (heads, rows, columns), contiguous: over `chunks` tasks of each head.
+  // result (heads, rows, columns), contiguous: over `chunks` tasks of each head, in order.
   void total(int64_t heads, int64_t chunks, T* result) const {
-    for (int64_t head = 0; head < heads; ++head) {
-      for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j, ++result) {
-          *result = 0;
-          for (int64_t chunk = 0; chunk < chunks; ++chunk) *result += of(head * chunks + chunk)[i * padded(columns, kColumns) + j];
-        }
-      }
+    for_each_task<T>(heads * rows, 0, [&](int64_t task, T*) {
+      const int64_t head = task / rows, row = task % rows * padded(columns, kColumns);
+      add_rows(of(head * chunks) + row, size, chunks, columns, result + task * columns);
+    });
+  }
+
+ private:
+  static KDOPS_CLONED void add_rows(const T* __restrict from, int64_t stride, int64_t count, int64_t columns, T* __restrict to) {
+    std::copy(from, from + columns, to);
+    for (int64_t chunk = 1; chunk < count; ++chunk) {
+#pragma omp simd
+      for (int64_t j = 0; j < columns; ++j) to[j] += from[chunk * stride + j];
     }
   }
 };
