@@ -22,7 +22,7 @@ struct Strips {
   int64_t positions, side, count;
 
   explicit Strips(int64_t positions) : positions(positions) {
-    side = padded(panels(positions, panels(positions, kSide)), kStep);
+    side = padded(panels(positions, panels(positions, std::clamp(padded(panels(positions, 8), kStep), 2 * kStep, kSide))), kStep);
     count = panels(positions, side);
   }
   int64_t size(int64_t strip) const {

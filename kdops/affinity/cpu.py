@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..layout import GradientColumns
 from ..registration import LIBRARY, op
-from .reference import normalised, norms
 from .spec import by_grams
 
 # Normalised columns (B, C, N) -> (B,) float64; backward: sum_j slope(D_ij) column_j as (B, N padded, C padded), or (0,) if not needed.
@@ -35,7 +34,7 @@ def affinity_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> T
         distance = _squares(ss) - 2 * _squares(st) + _squares(tt)
         distance = distance.clamp(min=0)  # rounding may leave a tiny negative number
     else:
-        distance = op("affinity_tiles")(normalised(student, eps), normalised(teacher, eps), p)
+        distance = op("affinity_tiles")(_Columns(student, eps).hat, _Columns(teacher, eps).hat, p)
     return distance.to(torch.float64 if student.dtype == torch.float64 else torch.float32)
 
 
@@ -52,12 +51,22 @@ def affinity_distance_backward(
     return of_student.finish(), of_teacher.finish()
 
 
-def _through_norms(grad: Tensor, columns: Tensor, eps: float) -> Tensor:
-    """From the gradient of normalised columns (B, C, N) to that of the columns; the norm of 0 has the gradient 0, as in torch."""
-    norm = norms(columns)
-    divisor = norm + eps
-    inner = (grad * (columns / divisor)).sum(dim=1, keepdim=True)
-    return (grad - columns / norm.where(norm != 0, 1) * inner) / divisor
+class _Columns:
+    """Columns (B, C, N) in float32 or float64, divided by their norm + eps: as reference.normalised, but for the way back by hand."""
+
+    def __init__(self, maps: Tensor, eps: float) -> None:
+        columns = (maps if maps.dtype == torch.float64 else maps.float()).flatten(2)
+        largest = columns.abs().amax(dim=1, keepdim=True)
+        largest = largest.where(largest > 0, 1)
+        self.norm = largest * (columns / largest).square_().sum(dim=1, keepdim=True).sqrt_()
+        self.divisor = self.norm + eps
+        self.hat = columns / self.divisor
+
+    def gradient(self, of_hat: Tensor) -> Tensor:
+        """From the gradient of `hat` to that of the columns; the norm of 0 has the gradient 0, as in torch."""
+        inner = (of_hat * self.hat).sum(dim=1, keepdim=True)
+        inner *= self.divisor / self.norm.where(self.norm != 0, 1)
+        return of_hat.sub_(self.hat * inner).div_(self.divisor)
 
 
 def _backward_by_tiles(
@@ -69,13 +78,13 @@ def _backward_by_tiles(
     of_student: GradientColumns,
     of_teacher: GradientColumns,
 ) -> None:
-    columns = normalised(student, eps), normalised(teacher, eps)
-    sums = op("affinity_tiles_backward")(*columns, p, of_student.needed, of_teacher.needed)
-    for sign, maps, of_maps, total in zip((1, -1), (student, teacher), (of_student, of_teacher), sums, strict=True):
+    both = _Columns(student, eps), _Columns(teacher, eps)
+    sums = op("affinity_tiles_backward")(both[0].hat, both[1].hat, p, of_student.needed, of_teacher.needed)
+    for sign, columns, of_maps, total in zip((1, -1), both, (of_student, of_teacher), sums, strict=True):
         if of_maps.needed:
-            given = maps.flatten(2).to(total.dtype)
-            of_columns = total[:, : given.shape[2], : given.shape[1]].mT * (sign * factor)
-            of_maps.columns.copy_(_through_norms(of_columns, given, eps))
+            _, channels, positions = columns.hat.shape
+            of_hat = torch.mul(total[:, :positions, :channels].mT, sign * factor, out=torch.empty_like(columns.hat))
+            of_maps.columns.copy_(columns.gradient(of_hat))
 
 
 # --- by Grams --------------------------------------------------------------------------------------------------------------------
@@ -99,7 +108,7 @@ def _grams(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor
     batch, cs, ct = student.shape[0], student.shape[1], teacher.shape[1]
     ss, st, tt = (student.new_zeros((batch, *size), dtype=torch.float64) for size in ((cs, cs), (cs, ct), (ct, ct)))
     for _, *maps in _strips(student, teacher):
-        s, t = (normalised(m, eps) for m in maps)
+        s, t = (_Columns(m, eps).hat for m in maps)
         ss.baddbmm_(s, s.mT)
         st.baddbmm_(s, t.mT)
         tt.baddbmm_(t, t.mT)
@@ -116,8 +125,8 @@ def _backward_by_grams(
 ) -> None:
     ss, st, tt = _grams(student, teacher, eps)
     for strip, *maps in _strips(student, teacher):
-        s, t = (normalised(m, eps) for m in maps)
+        s, t = (_Columns(m, eps) for m in maps)
         if of_student.needed:
-            of_student.columns[..., strip] = _through_norms(factor * (ss @ s - st @ t), maps[0], eps)
+            of_student.columns[..., strip] = s.gradient(factor * (ss @ s.hat - st @ t.hat))
         if of_teacher.needed:
-            of_teacher.columns[..., strip] = _through_norms(factor * (tt @ t - st.mT @ s), maps[1], eps)
+            of_teacher.columns[..., strip] = t.gradient(factor * (tt @ t.hat - st.mT @ s.hat))
