@@ -16,6 +16,10 @@ constexpr int64_t kBackwardTile = 500 << 10;  // bytes of packed keys, values an
 constexpr int64_t kQueryTasks = 16;           // for the whole batch, where each task sums a query gradient of its own
 constexpr int64_t kShortestGroup = 8;         // column panels of such a task
 
+// Numbers of a block in a column panel. One row more than there is, or the panels would meet in few sets of the L1
+// cache.
+constexpr int64_t kFactors = (kBlockPanels * kRows + 1) * kColumns;
+
 template <typename T>
 struct Operands {  // of one sample, packed
   const T* query_rows;
@@ -29,7 +33,7 @@ struct Operands {  // of one sample, packed
 
 template <typename T>
 struct TileGradients {
-  T* weights;  // [panel][96 rows][16], of the block at hand
+  T* weights;  // [panel][96 rows and one][16], of the block at hand
   T* logits;   // gradient of the logits, likewise
   T* key;      // [panel][channels padded to 6][16]; null where not wanted
   T* value;    // likewise; the same memory as `key` where the two are one tensor
@@ -61,11 +65,11 @@ KDOPS_INLINE void mask(Block<T>& block, int64_t rows, int64_t columns) {
 template <typename T, bool OverRows>
 KDOPS_INLINE void row_panel_gradients(const Operands<T>& from, const Sizes& sizes, int64_t row_panel, int64_t first,
                                       int64_t count, bool want_logits, T* weights, T* logits) {
-  const int64_t block_rows = kBlockPanels * kRows, row = row_panel * kRows;
+  const int64_t row = row_panel * kRows;
   const int64_t channels = padded(sizes.channels, kRows), value_channels = padded(sizes.value_channels, kRows);
   for (int64_t panel = first; panel < first + count; ++panel) {
     const int64_t statistic = OverRows ? panel * kColumns : row;
-    const int64_t at = (panel - first) * block_rows * kColumns;
+    const int64_t at = (panel - first) * kFactors;
     const bool whole = row + kRows <= sizes.rows && (panel + 1) * kColumns <= sizes.columns;
     Block<T> weight;
     clear(weight);
@@ -91,17 +95,19 @@ KDOPS_INLINE void row_panel_gradients(const Operands<T>& from, const Sizes& size
   }
 }
 
-// sums [panel][channels padded to 6][16] += packed rows of a block, transposed, times `factors` [panel][96 rows][16]
+// sums [panel][channels padded to 6][16] += packed rows of a block, transposed, times `factors` [panel][rows][16]
 template <typename T>
 KDOPS_INLINE void add_over_rows(const T* packed_rows, int64_t channels, int64_t row_panels, const T* factors,
-                                int64_t panel, T* sums) {
+                                int64_t count, T* sums) {
   for (int64_t c = 0; c < channels; c += kRows) {
-    T* const to = sums + (panel * channels + c) * kColumns;
-    Block<T> block;
-    load(block, to, kColumns);
-    multiply_add<kRows, kRows>(block, packed_rows + c * kRows, channels * kRows, row_panels,
-                               factors + panel * kBlockPanels * kRows * kColumns);
-    store(block, to, kColumns);
+    for (int64_t panel = 0; panel < count; ++panel) {
+      T* const to = sums + (panel * channels + c) * kColumns;
+      Block<T> block;
+      load(block, to, kColumns);
+      multiply_add<kRows, kRows>(block, packed_rows + c * kRows, channels * kRows, row_panels,
+                                 factors + panel * kFactors);
+      store(block, to, kColumns);
+    }
   }
 }
 
@@ -109,7 +115,7 @@ KDOPS_INLINE void add_over_rows(const T* packed_rows, int64_t channels, int64_t 
 template <typename T, bool OverRows>
 KDOPS_CLONED void tile_gradients(const Operands<T>& from, const Sizes& sizes, int64_t first, int64_t count,
                                  bool want_value, bool want_logits, TileGradients<T> to) {
-  const int64_t block_rows = kBlockPanels * kRows, positions = sizes.column_panels() * kColumns;
+  const int64_t positions = sizes.column_panels() * kColumns;
   const int64_t channels = padded(sizes.channels, kRows), value_channels = padded(sizes.value_channels, kRows);
   const int64_t query_panels = panels(sizes.channels, kColumns), pitch = query_panels * kColumns;
   for (int64_t block = 0; block < sizes.row_panels(); block += kBlockPanels) {
@@ -122,19 +128,16 @@ KDOPS_CLONED void tile_gradients(const Operands<T>& from, const Sizes& sizes, in
         T* const sums = to.query + (block + panel) * kRows * pitch + c * kColumns;
         Block<T> sum;
         load(sum, sums, pitch);
-        multiply_add<kColumns, kColumns>(sum, logits, block_rows * kColumns, count,
+        multiply_add<kColumns, kColumns>(sum, logits, kFactors, count,
                                          from.key_channels + (c * positions + first * kColumns) * kColumns);
         store(sum, sums, pitch);
       }
     }
-    for (int64_t panel = 0; panel < count; ++panel) {
-      if (want_value) {
-        add_over_rows(from.grad_rows + block * value_channels * kRows, value_channels, here, to.weights, panel,
-                      to.value);
-      }
-      if (want_logits && to.key) {
-        add_over_rows(from.query_rows + block * channels * kRows, channels, here, to.logits, panel, to.key);
-      }
+    if (want_value) {
+      add_over_rows(from.grad_rows + block * value_channels * kRows, value_channels, here, to.weights, count, to.value);
+    }
+    if (want_logits && to.key) {
+      add_over_rows(from.query_rows + block * channels * kRows, channels, here, to.logits, count, to.key);
     }
   }
 }
@@ -278,7 +281,7 @@ void gradients(const Sizes& sizes, const Given& given, const Accumulator<scalar_
   const int64_t query_size = sizes.row_panels() * kRows * padded(sizes.channels, kColumns);
   const Buffer<T> query_sums = need_query ? allocate<T>(sizes.batches * groups * query_size) : nullptr;
 
-  const int64_t factors_size = tile * kBlockPanels * kRows * kColumns;
+  const int64_t factors_size = tile * kFactors;
   const int64_t key_size = tile * padded(sizes.channels, kRows) * kColumns;
   const int64_t value_size = tile * padded(sizes.value_channels, kRows) * kColumns;
   const int64_t scratch_size = 2 * factors_size + key_size + value_size;
