@@ -115,10 +115,11 @@ def _flops(
 def _scratch_bytes(
     query: Tensor, key: Tensor, *others: Tensor, heads: int = 1, backward: bool = False, **kwargs: Any
 ) -> int:
-    # The attention, beside its logits or its gradient, and a tile of the output in float32.
+    # C x C matrices: the attention, packed, sums over chunks of positions; in backward three more. And three packed tiles a thread.
     matrix = query.shape[0] * query.shape[1] * key.shape[1] // heads * max(4, query.element_size())
-    tile = 2**20 if len(others) > 1 or query.element_size() < 4 else 0
-    return (2 + 2 * backward) * matrix + tile
+    chunks = min(32, query.shape[2:].numel() // 1024 + 1)
+    tile = max(4, query.element_size()) * 2**16
+    return (2 + chunks + 3 * backward) * matrix + 3 * tile * torch.get_num_threads()
 
 
 # --- backends and samples --------------------------------------------------------------------------------------------------------
