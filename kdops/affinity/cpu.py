@@ -29,13 +29,14 @@ STRIP = 2**17  # numbers in a strip of columns: 1 MiB in float64
 
 def affinity_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> Tensor:
     """-> (B,) float32, or float64 for float64 inputs: the sum over all pairs of positions."""
+    wide = _wide(student)
     if by_grams(student, teacher, p):
         ss, st, tt = _grams(student, teacher, eps)
         distance = _squares(ss) - 2 * _squares(st) + _squares(tt)
         distance = distance.clamp(min=0)  # rounding may leave a tiny negative number
     else:
-        distance = op("affinity_tiles")(_Columns(student, eps).hat, _Columns(teacher, eps).hat, p)
-    return distance.to(torch.float64 if student.dtype == torch.float64 else torch.float32)
+        distance = op("affinity_tiles")(_Columns(student, eps, wide).hat, _Columns(teacher, eps, wide).hat, p)
+    return distance.to(wide)
 
 
 def affinity_distance_backward(
@@ -51,14 +52,21 @@ def affinity_distance_backward(
     return of_student.finish(), of_teacher.finish()
 
 
-class _Columns:
-    """Columns (B, C, N) in float32 or float64, divided by their norm + eps: as reference.normalised, but for the way back by hand."""
+def _wide(maps: Tensor) -> torch.dtype:
+    return torch.float64 if maps.dtype == torch.float64 else torch.float32
 
-    def __init__(self, maps: Tensor, eps: float) -> None:
-        columns = (maps if maps.dtype == torch.float64 else maps.float()).flatten(2)
-        largest = columns.abs().amax(dim=1, keepdim=True)
-        largest = largest.where(largest > 0, 1)
-        self.norm = largest * (columns / largest).square_().sum(dim=1, keepdim=True).sqrt_()
+
+class _Columns:
+    """Columns (B, C, N) divided by their norm + eps: as reference.normalised, but for the way back by hand."""
+
+    def __init__(self, maps: Tensor, eps: float, dtype: torch.dtype) -> None:
+        columns = maps.flatten(2).to(dtype)
+        if dtype == torch.float64 != maps.dtype:  # squares of float32 neither overflow nor underflow in float64
+            self.norm = columns.square().sum(dim=1, keepdim=True).sqrt_()
+        else:
+            largest = columns.abs().amax(dim=1, keepdim=True)
+            largest = largest.where(largest > 0, 1)
+            self.norm = largest * (columns / largest).square_().sum(dim=1, keepdim=True).sqrt_()
         self.divisor = self.norm + eps
         self.hat = columns / self.divisor
 
@@ -78,7 +86,7 @@ def _backward_by_tiles(
     of_student: GradientColumns,
     of_teacher: GradientColumns,
 ) -> None:
-    both = _Columns(student, eps), _Columns(teacher, eps)
+    both = _Columns(student, eps, _wide(student)), _Columns(teacher, eps, _wide(teacher))
     sums = op("affinity_tiles_backward")(both[0].hat, both[1].hat, p, of_student.needed, of_teacher.needed)
     for sign, columns, of_maps, total in zip((1, -1), both, (of_student, of_teacher), sums, strict=True):
         if of_maps.needed:
@@ -94,24 +102,23 @@ def _squares(gram: Tensor) -> Tensor:
     return gram.square().sum(dim=(1, 2))
 
 
-def _strips(student: Tensor, teacher: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Both maps in float64, (B, C, some columns)."""
+def _strips(student: Tensor, teacher: Tensor, eps: float) -> Iterator[tuple[slice, _Columns, _Columns]]:
+    """Some columns at a time, in float64."""
     s, t = student.flatten(2), teacher.flatten(2)
     width = max(256, STRIP // max(1, s.shape[0] * (s.shape[1] + t.shape[1])))
     for begin in range(0, s.shape[2], width):
         strip = slice(begin, begin + width)
-        yield strip, s[..., strip].double(), t[..., strip].double()
+        yield strip, _Columns(s[..., strip], eps, torch.float64), _Columns(t[..., strip], eps, torch.float64)
 
 
 def _grams(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """S S^T (B, Cs, Cs), S T^T (B, Cs, Ct), T T^T (B, Ct, Ct), float64."""
     batch, cs, ct = student.shape[0], student.shape[1], teacher.shape[1]
     ss, st, tt = (student.new_zeros((batch, *size), dtype=torch.float64) for size in ((cs, cs), (cs, ct), (ct, ct)))
-    for _, *maps in _strips(student, teacher):
-        s, t = (_Columns(m, eps).hat for m in maps)
-        ss.baddbmm_(s, s.mT)
-        st.baddbmm_(s, t.mT)
-        tt.baddbmm_(t, t.mT)
+    for _, s, t in _strips(student, teacher, eps):
+        ss.baddbmm_(s.hat, s.hat.mT)
+        st.baddbmm_(s.hat, t.hat.mT)
+        tt.baddbmm_(t.hat, t.hat.mT)
     return ss, st, tt
 
 
@@ -124,8 +131,7 @@ def _backward_by_grams(
     of_teacher: GradientColumns,
 ) -> None:
     ss, st, tt = _grams(student, teacher, eps)
-    for strip, *maps in _strips(student, teacher):
-        s, t = (_Columns(m, eps) for m in maps)
+    for strip, s, t in _strips(student, teacher, eps):
         if of_student.needed:
             of_student.columns[..., strip] = s.gradient(factor * (ss @ s.hat - st @ t.hat))
         if of_teacher.needed:
