@@ -27,26 +27,35 @@ LIBRARY.define(
 STRIP = 2**17  # numbers in a strip of columns: 1 MiB in float64
 
 
-def affinity_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> Tensor:
-    """-> (B,) float32, or float64 for float64 inputs: the sum over all pairs of positions."""
+def affinity_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> tuple[Tensor, Tensor]:
+    """-> the sum over all pairs of positions (B,), float32 or, for float64 inputs, float64; Grams (B, Cs + Ct, Cs + Ct) or (0,)."""
     wide = _wide(student)
     if by_grams(student, teacher, p):
-        ss, st, tt = _grams(student, teacher, eps)
+        grams = _grams(student, teacher, eps)
+        ss, st, tt = _blocks(grams, student)
         distance = _squares(ss) - 2 * _squares(st) + _squares(tt)
         distance = distance.clamp(min=0)  # rounding may leave a tiny negative number
     else:
+        grams = student.new_empty(0, dtype=torch.float64)
         distance = op("affinity_tiles")(_Columns(student, eps, wide).hat, _Columns(teacher, eps, wide).hat, p)
-    return distance.to(wide)
+    return distance.to(wide), grams
 
 
 def affinity_distance_backward(
-    grad: Tensor, student: Tensor, teacher: Tensor, p: int, eps: float, need_student: bool, need_teacher: bool
+    grad: Tensor,
+    grams: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    p: int,
+    eps: float,
+    need_student: bool,
+    need_teacher: bool,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of student and teacher."""
     of_student, of_teacher = GradientColumns(student, need_student), GradientColumns(teacher, need_teacher)
     factor = (2 * p * grad)[:, None, None]  # both of a pair of columns have a share in their product
     if by_grams(student, teacher, p):
-        _backward_by_grams(factor.double(), student, teacher, eps, of_student, of_teacher)
+        _backward_by_grams(factor.double(), grams, student, teacher, eps, of_student, of_teacher)
     else:
         _backward_by_tiles(factor, student, teacher, p, eps, of_student, of_teacher)
     return of_student.finish(), of_teacher.finish()
@@ -111,28 +120,36 @@ def _strips(student: Tensor, teacher: Tensor, eps: float) -> Iterator[tuple[slic
         yield strip, _Columns(s[..., strip], eps, torch.float64), _Columns(t[..., strip], eps, torch.float64)
 
 
-def _grams(student: Tensor, teacher: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """S S^T (B, Cs, Cs), S T^T (B, Cs, Ct), T T^T (B, Ct, Ct), float64."""
-    batch, cs, ct = student.shape[0], student.shape[1], teacher.shape[1]
-    ss, st, tt = (student.new_zeros((batch, *size), dtype=torch.float64) for size in ((cs, cs), (cs, ct), (ct, ct)))
+def _blocks(grams: Tensor, student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """S S^T (B, Cs, Cs), S T^T (B, Cs, Ct), T T^T (B, Ct, Ct); the fourth block would be the second again."""
+    cs = student.shape[1]
+    return grams[:, :cs, :cs], grams[:, :cs, cs:], grams[:, cs:, cs:]
+
+
+def _grams(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
+    """(B, Cs + Ct, Cs + Ct) float64."""
+    channels = student.shape[1] + teacher.shape[1]
+    grams = student.new_zeros((student.shape[0], channels, channels), dtype=torch.float64)
+    ss, st, tt = _blocks(grams, student)
     for _, s, t in _strips(student, teacher, eps):
         ss.baddbmm_(s.hat, s.hat.mT)
         st.baddbmm_(s.hat, t.hat.mT)
         tt.baddbmm_(t.hat, t.hat.mT)
-    return ss, st, tt
+    return grams
 
 
 def _backward_by_grams(
     factor: Tensor,
+    grams: Tensor,
     student: Tensor,
     teacher: Tensor,
     eps: float,
     of_student: GradientColumns,
     of_teacher: GradientColumns,
 ) -> None:
-    ss, st, tt = _grams(student, teacher, eps)
+    ss, st, tt = (block * factor for block in _blocks(grams, student))
     for strip, s, t in _strips(student, teacher, eps):
         if of_student.needed:
-            of_student.columns[..., strip] = s.gradient(factor * (ss @ s.hat - st @ t.hat))
+            of_student.columns[..., strip] = s.gradient((ss @ s.hat).sub_(st @ t.hat))
         if of_teacher.needed:
-            of_teacher.columns[..., strip] = t.gradient(factor * (tt @ t.hat - st.mT @ s.hat))
+            of_teacher.columns[..., strip] = t.gradient((tt @ t.hat).sub_(st.mT @ s.hat))

@@ -19,26 +19,41 @@ NO_DOUBLE_BACKWARD = (
 )
 
 
-def _fake_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> Tensor:
+def by_grams(student: Tensor, teacher: Tensor, p: int) -> bool:
+    """Whether p=2 goes by C x C Gram matrices in float64 or, as p=1, by N x N tiles: which costs less."""
+    return p == 2 and student.shape[2:].numel() > 2 * (student.shape[1] + teacher.shape[1])
+
+
+def _fake_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
-    return student.new_empty(student.shape[0], dtype=dtype)
+    channels = student.shape[1] + teacher.shape[1]
+    grams = (student.shape[0], channels, channels) if by_grams(student, teacher, p) else (0,)
+    return student.new_empty(student.shape[0], dtype=dtype), student.new_empty(grams, dtype=torch.float64)
 
 
 def _fake_backward(
-    grad: Tensor, student: Tensor, teacher: Tensor, p: int, eps: float, need_student: bool, need_teacher: bool
+    grad: Tensor,
+    grams: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    p: int,
+    eps: float,
+    need_student: bool,
+    need_teacher: bool,
 ) -> tuple[Tensor, Tensor]:
     wanted = ((student, need_student), (teacher, need_teacher))
     of_student, of_teacher = (torch.empty_like(t) if needed else t.new_empty(0) for t, needed in wanted)
     return of_student, of_teacher
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, float], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, float], output: tuple[Tensor, Tensor]) -> None:
     student, teacher, ctx.p, ctx.eps = inputs
-    ctx.save_for_backward(student, teacher)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], student, teacher)
 
 
 def _backward(op: registration.Op) -> Callable[..., Any]:
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         need_student, need_teacher = ctx.needs_input_grad[:2]
         of_student, of_teacher = op(grad, *ctx.saved_tensors, ctx.p, ctx.eps, need_student, need_teacher)
         return of_student if need_student else None, of_teacher if need_teacher else None, None, None
@@ -47,10 +62,10 @@ def _backward(op: registration.Op) -> Callable[..., Any]:
 
 
 _INPUTS = "Tensor student, Tensor teacher, int p, float eps"
-registration.define(NAME, f"({_INPUTS}) -> Tensor", _fake_distance, cpu_module=CPU)
+registration.define(NAME, f"({_INPUTS}) -> (Tensor, Tensor)", _fake_distance, cpu_module=CPU)
 registration.define(
     f"{NAME}_backward",
-    f"(Tensor grad, {_INPUTS}, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
+    f"(Tensor grad, Tensor grams, {_INPUTS}, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
     _fake_backward,
     cpu_module=CPU,
 )
@@ -58,11 +73,6 @@ registration.differentiate(NAME, _setup_context, _backward, NO_DOUBLE_BACKWARD)
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------------------
-
-
-def by_grams(student: Tensor, teacher: Tensor, p: int) -> bool:
-    """Whether p=2 goes by C x C Gram matrices in float64 or, as p=1, by N x N tiles: which costs less."""
-    return p == 2 and student.shape[2:].numel() > 2 * (student.shape[1] + teacher.shape[1])
 
 
 def _size(*tensors: Tensor) -> int:
@@ -78,9 +88,9 @@ def _flops(student: Tensor, teacher: Tensor, *, p: int = 1, backward: bool = Fal
     batch, positions = student.shape[0], student.shape[2:].numel()
     channels = student.shape[1] + teacher.shape[1]
     wanted = sum(t.shape[1] for t in (student, teacher) if t.requires_grad)
-    if by_grams(student, teacher, p):  # three Grams, and again in backward before they are applied
+    if by_grams(student, teacher, p):  # three Grams, of which backward applies two to each
         grams = student.shape[1] ** 2 + student.shape[1] * teacher.shape[1] + teacher.shape[1] ** 2
-        return 2 * batch * positions * (grams * (1 + backward) + wanted * channels * backward)
+        return 2 * batch * positions * (grams + wanted * channels * backward)
     # Half of the tiles; backward makes them again and multiplies each by both of its sides.
     return batch * positions**2 * (channels * (1 + backward) + 2 * wanted * backward)
 
@@ -96,6 +106,14 @@ def _scratch_bytes(student: Tensor, teacher: Tensor, *, p: int = 1, backward: bo
 
 
 # --- backends and samples --------------------------------------------------------------------------------------------------------
+
+
+_OPERATOR = registration.op(NAME)
+
+
+def _distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> Tensor:
+    distance: Tensor = _OPERATOR(student, teacher, p, eps)[0]  # the Grams are for backward
+    return distance
 
 
 def _shapes(b: int, cs: int, ct: int, *s: int) -> tuple[tuple[int, ...], ...]:
@@ -121,7 +139,7 @@ def register(function: Callable[..., Any]) -> None:
             name=NAME,
             function=function,
             backends=(
-                Backend("cpu", registration.op(NAME), dispatch.supports_cpu),
+                Backend("cpu", _distance, dispatch.supports_cpu),
                 Backend("reference", reference.affinity_distance, dispatch.supports_reference),
             ),
             samples=_SAMPLES,
