@@ -43,7 +43,8 @@ def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    rows = [t.flatten(2).transpose(1, 2).unsqueeze(1) for t in (query, key, value)]  # (B, 1 head, N, C)
+    # (B, 1 head, N, C), contiguous: else it takes the path that holds the N x N matrix.
+    rows = [t.flatten(2).transpose(1, 2).contiguous().unsqueeze(1) for t in (query, key, value)]
     return scaled_dot_product_attention(*rows).transpose(2, 3).reshape(query.shape)
 
 
