@@ -5,8 +5,11 @@ Importing never needs a GPU, triton or a compiler. What runs where is said by `i
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .affinity import affinity_distance
+from .channel_attention import channel_attention, channel_attention_distance
 from .contrast import contrastive_ratio, matched_distance, pairwise_distance
 from .dispatch import backend, explain, info
+from .spatial_attention import spatial_attention
 
 try:
     __version__ = version("kdops")
@@ -15,10 +18,14 @@ except PackageNotFoundError:  # used from a source tree that is not installed
 
 __all__ = [
     "__version__",
+    "affinity_distance",
     "backend",
+    "channel_attention",
+    "channel_attention_distance",
     "contrastive_ratio",
     "explain",
     "info",
     "matched_distance",
     "pairwise_distance",
+    "spatial_attention",
 ]

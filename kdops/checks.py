@@ -22,7 +22,7 @@ def describe(t: Tensor) -> str:
 def tensors(op: str, **given: object) -> None:
     """TypeError unless every argument is a floating-point tensor; ValueError unless they share a device.
 
-    dtypes must agree too (TypeError), except under autocast, where `for_distance` brings them together.
+    dtypes must agree too (TypeError), except under autocast, where `for_distance` or `for_attention` brings them together.
     """
     for name, t in given.items():
         if not isinstance(t, Tensor):
@@ -52,6 +52,15 @@ def for_distance(*given: Tensor) -> tuple[Tensor, ...]:
         return given
     wide = torch.float64 if any(t.dtype == torch.float64 for t in given) else torch.float32
     return tuple(t.to(wide) for t in given)
+
+
+def for_attention(*given: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast attention runs in the autocast dtype (float64 stays): the same rule for every backend, the reference included."""
+    if not autocasting(given[0]):
+        return given
+    chosen = torch.get_autocast_dtype(given[0].device.type)
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in given) else chosen
+    return tuple(t.to(dtype) for t in given)
 
 
 def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,7 +59,9 @@ class OpSpec:
     `bytes`, `flops` and `scratch_bytes` take the positional tensors and keyword arguments of the public function and count one
     forward pass: bytes that must move through memory, floating-point operations that must be done, and what is allocated besides
     inputs and outputs. `backward=True` adds the backward pass. `raw_ops` names the registered operators behind the function.
-    `no_double_backward` says why kernels do not offer it (None: they do).
+    `no_double_backward` says why kernels do not offer it (None: they do). `autocast` is the dtype that the function runs in
+    under torch.autocast: "float32" for distances (checks.for_distance), "autocast" for attention (checks.for_attention).
+    A backend that nobody has written for this op is simply not among `backends`.
     """
 
     name: str
@@ -71,6 +73,11 @@ class OpSpec:
     scratch_bytes: Callable[..., int]
     raw_ops: tuple[str, ...] = ()
     no_double_backward: str | None = None
+    autocast: Literal["float32", "autocast"] = "float32"
+
+    def has(self, name: str) -> bool:
+        """Whether there is a backend of this name."""
+        return any(b.name == name for b in self.backends)
 
     def backend(self, name: str) -> Backend:
         """The backend called `name`; ValueError when this op has none of that name."""
@@ -151,8 +158,7 @@ def choose(name: str, tensors: Sequence[Tensor], requested: str = "auto") -> Bac
             )
         return chosen
     for candidate in PREFERENCE.get(tensors[0].device.type, ELSEWHERE):
-        chosen = spec.backend(candidate)
-        if chosen.supports(tensors) is None:
+        if spec.has(candidate) and (chosen := spec.backend(candidate)).supports(tensors) is None:
             return chosen
     raise RuntimeError(f"{name}: no backend can run on {tensors[0].device} with {tensors[0].dtype}.")
 
@@ -162,7 +168,19 @@ def implementation(name: str, tensors: Sequence[Tensor], requested: str = "auto"
     chosen = choose(name, tensors, requested)
     if chosen.name != "reference":
         _refuse_forward_mode(name, chosen.name, tensors)
+    elif torch.is_autocast_enabled(tensors[0].device.type):
+        return _as_given(chosen.run, tensors[0].device.type)
     return chosen.run
+
+
+def _as_given(run: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """`run` in the dtype of its inputs, which checks.for_* chose: autocast would convert again within the reference."""
+
+    def call(*args: Any) -> Any:
+        with torch.autocast(device, enabled=False):
+            return run(*args)
+
+    return call
 
 
 def _refuse_forward_mode(name: str, chosen: str, tensors: Sequence[Tensor]) -> None:

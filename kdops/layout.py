@@ -49,6 +49,21 @@ def settle(gradient: Tensor, rows: Tensor) -> Tensor:
     return gradient
 
 
+class GradientColumns:
+    """The gradient of a feature map (B, C, *S), with its dense strides, to be written as `columns` (B, C, N); empty where not needed."""
+
+    def __init__(self, like: Tensor, needed: bool) -> None:
+        self.needed = needed
+        self.result = torch.empty_like(like) if needed else like.new_empty(0)
+        self.columns = (
+            self.result.flatten(2) if needed else self.result
+        )  # a view, where positions are a fixed stride apart
+
+    def finish(self) -> Tensor:
+        """The gradient, once its columns are written."""
+        return settle(self.result, self.columns)
+
+
 def _strides(t: Tensor, leading: int) -> list[tuple[int, int]]:
     """Size and stride of every feature axis that has more than one element (the stride of the others means nothing)."""
     return [(size, stride) for size, stride in zip(t.shape[leading:], t.stride()[leading:], strict=True) if size > 1]

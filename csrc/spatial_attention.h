@@ -1,0 +1,64 @@
+// Spatial attention on the CPU, what its two directions share. Rows are positions of the query, columns positions of
+// the key; packed operands are described in common/maps.h.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common/maps.h"
+#include "common/parallel.h"
+#include "common/products.h"
+
+namespace kdops::attention {
+
+constexpr int64_t kBlockPanels = 16;  // row panels of a block: 96 rows
+constexpr int64_t kLongestTile = 16;  // column panels: 6 rows of a tile fit the L1 cache twice
+
+struct Sizes {
+  int64_t batches, rows, columns, channels, value_channels;
+
+  int64_t row_panels() const {
+    return panels(rows, kRows);
+  }
+  int64_t column_panels() const {
+    return panels(columns, kColumns);
+  }
+  // Numbers that one sample has in the packed layouts.
+  int64_t packed_columns(int64_t c) const {
+    return column_panels() * kColumns * c;
+  }
+  int64_t packed_channels(int64_t c) const {
+    return padded(c, kColumns) * column_panels() * kColumns;
+  }
+};
+
+// Column panels of a tile that has `bytes` for `numbers` numbers per column.
+template <typename T>
+int64_t tile_panels(int64_t bytes, int64_t numbers, int64_t column_panels) {
+  const int64_t fits = bytes / static_cast<int64_t>(sizeof(T)) / numbers / kColumns;
+  const int64_t most = std::clamp<int64_t>(fits, 2, kLongestTile);
+  return panels(column_panels, panels(column_panels, most));  // tiles of about equal size
+}
+
+// Numbers of `count` rows per sample, `width` of them padded with zeros.
+template <typename T>
+Buffer<T> padded_statistics(const T* statistics, int64_t batches, int64_t count, int64_t width) {
+  const int64_t pitch = padded(count, width);
+  Buffer<T> copy = allocate<T>(batches * pitch);
+  std::fill(copy.get(), copy.get() + batches * pitch, T(0));
+  for (int64_t b = 0; b < batches; ++b) std::copy_n(statistics + b * count, count, copy.get() + b * pitch);
+  return copy;
+}
+
+// result(row, channel) = numbers[row * pitch + channel] * factors[row]
+template <typename scalar_t, typename T>
+KDOPS_CLONED void scatter(const T* numbers, int64_t pitch, const T* factors, int64_t rows, int64_t channels,
+                          scalar_t* result, int64_t row_stride, int64_t channel_stride) {
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t i = 0; i < rows; ++i)
+      narrow(numbers[i * pitch + c] * factors[i], result[i * row_stride + c * channel_stride]);
+  }
+}
+
+}  // namespace kdops::attention

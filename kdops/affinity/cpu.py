@@ -1,0 +1,155 @@
+"""The affinity distance on the CPU, in two forms.
+
+By tiles, in C++ (csrc/affinity.cpp): O(N^2 C), each tile of the N x N matrices made, used and forgotten in cache.
+
+By Grams (p=2, many positions): O(N C^2), by torch's matrix products over strips of columns. With S and T the normalised columns of student
+and teacher, the distance is ||S S^T||^2 - 2 ||S T^T||^2 + ||T T^T||^2 and its gradient 4 (S S^T S - S T^T T). Both are small differences of
+large numbers where the networks agree, hence float64: features that differ by 1e-4 still leave eight digits, and equal ones give 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..layout import GradientColumns
+from ..registration import LIBRARY, op
+from .spec import by_grams
+
+# Normalised columns (B, C, N) -> (B,) float64; backward: sum_j slope(D_ij) column_j as (B, N padded, C padded), or (0,) if not needed.
+LIBRARY.define("affinity_tiles(Tensor student, Tensor teacher, int p) -> Tensor")
+LIBRARY.define(
+    "affinity_tiles_backward(Tensor student, Tensor teacher, int p, bool need_student, bool need_teacher) -> (Tensor, Tensor)"
+)
+
+STRIP = 2**17  # numbers in a strip of columns: 1 MiB in float64
+
+
+def affinity_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> tuple[Tensor, Tensor]:
+    """-> the sum over all pairs of positions (B,), float32 or, for float64 inputs, float64; Grams (B, Cs + Ct, Cs + Ct) or (0,)."""
+    wide = _wide(student)
+    if by_grams(student, teacher, p):
+        grams = _grams(student, teacher, eps)
+        ss, st, tt = _blocks(grams, student)
+        distance = _squares(ss) - 2 * _squares(st) + _squares(tt)
+        distance = distance.clamp(min=0)  # rounding may leave a tiny negative number
+    else:
+        grams = student.new_empty(0, dtype=torch.float64)
+        distance = op("affinity_tiles")(_Columns(student, eps, wide).hat, _Columns(teacher, eps, wide).hat, p)
+    return distance.to(wide), grams
+
+
+def affinity_distance_backward(
+    grad: Tensor,
+    grams: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    p: int,
+    eps: float,
+    need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of student and teacher."""
+    of_student, of_teacher = GradientColumns(student, need_student), GradientColumns(teacher, need_teacher)
+    factor = (2 * p * grad)[:, None, None]  # both of a pair of columns have a share in their product
+    if by_grams(student, teacher, p):
+        _backward_by_grams(factor.double(), grams, student, teacher, eps, of_student, of_teacher)
+    else:
+        _backward_by_tiles(factor, student, teacher, p, eps, of_student, of_teacher)
+    return of_student.finish(), of_teacher.finish()
+
+
+def _wide(maps: Tensor) -> torch.dtype:
+    return torch.float64 if maps.dtype == torch.float64 else torch.float32
+
+
+class _Columns:
+    """Columns (B, C, N) divided by their norm + eps: as reference.normalised, but for the way back by hand."""
+
+    def __init__(self, maps: Tensor, eps: float, dtype: torch.dtype) -> None:
+        columns = maps.flatten(2).to(dtype)
+        if dtype == torch.float64 != maps.dtype:  # squares of float32 neither overflow nor underflow in float64
+            self.norm = columns.square().sum(dim=1, keepdim=True).sqrt_()
+        else:
+            largest = columns.abs().amax(dim=1, keepdim=True)
+            largest = largest.where(largest > 0, 1)
+            self.norm = largest * (columns / largest).square_().sum(dim=1, keepdim=True).sqrt_()
+        self.divisor = self.norm + eps
+        self.hat = columns / self.divisor
+
+    def gradient(self, of_hat: Tensor) -> Tensor:
+        """From the gradient of `hat` to that of the columns; the norm of 0 has the gradient 0, as in torch."""
+        inner = (of_hat * self.hat).sum(dim=1, keepdim=True)
+        inner *= self.divisor / self.norm.where(self.norm != 0, 1)
+        return of_hat.sub_(self.hat * inner).div_(self.divisor)
+
+
+def _backward_by_tiles(
+    factor: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    p: int,
+    eps: float,
+    of_student: GradientColumns,
+    of_teacher: GradientColumns,
+) -> None:
+    both = _Columns(student, eps, _wide(student)), _Columns(teacher, eps, _wide(teacher))
+    sums = op("affinity_tiles_backward")(both[0].hat, both[1].hat, p, of_student.needed, of_teacher.needed)
+    for sign, columns, of_maps, total in zip((1, -1), both, (of_student, of_teacher), sums, strict=True):
+        if of_maps.needed:
+            _, channels, positions = columns.hat.shape
+            of_hat = torch.mul(total[:, :positions, :channels].mT, sign * factor, out=torch.empty_like(columns.hat))
+            of_maps.columns.copy_(columns.gradient(of_hat))
+
+
+# --- by Grams --------------------------------------------------------------------------------------------------------------------
+
+
+def _squares(gram: Tensor) -> Tensor:
+    return gram.square().sum(dim=(1, 2))
+
+
+def _strips(student: Tensor, teacher: Tensor, eps: float) -> Iterator[tuple[slice, _Columns, _Columns]]:
+    """Some columns at a time, in float64."""
+    s, t = student.flatten(2), teacher.flatten(2)
+    width = max(256, STRIP // max(1, s.shape[0] * (s.shape[1] + t.shape[1])))
+    for begin in range(0, s.shape[2], width):
+        strip = slice(begin, begin + width)
+        yield strip, _Columns(s[..., strip], eps, torch.float64), _Columns(t[..., strip], eps, torch.float64)
+
+
+def _blocks(grams: Tensor, student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """S S^T (B, Cs, Cs), S T^T (B, Cs, Ct), T T^T (B, Ct, Ct); the fourth block would be the second again."""
+    cs = student.shape[1]
+    return grams[:, :cs, :cs], grams[:, :cs, cs:], grams[:, cs:, cs:]
+
+
+def _grams(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
+    """(B, Cs + Ct, Cs + Ct) float64."""
+    channels = student.shape[1] + teacher.shape[1]
+    grams = student.new_zeros((student.shape[0], channels, channels), dtype=torch.float64)
+    ss, st, tt = _blocks(grams, student)
+    for _, s, t in _strips(student, teacher, eps):
+        ss.baddbmm_(s.hat, s.hat.mT)
+        st.baddbmm_(s.hat, t.hat.mT)
+        tt.baddbmm_(t.hat, t.hat.mT)
+    return grams
+
+
+def _backward_by_grams(
+    factor: Tensor,
+    grams: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    eps: float,
+    of_student: GradientColumns,
+    of_teacher: GradientColumns,
+) -> None:
+    ss, st, tt = (block * factor for block in _blocks(grams, student))
+    for strip, s, t in _strips(student, teacher, eps):
+        if of_student.needed:
+            of_student.columns[..., strip] = s.gradient((ss @ s.hat).sub_(st @ t.hat))
+        if of_teacher.needed:
+            of_teacher.columns[..., strip] = t.gradient((tt @ t.hat).sub_(st.mT @ s.hat))

@@ -1,0 +1,136 @@
+"""Channel attention on the CPU: products with feature maps in C++ (csrc/channel_attention.cpp), softmax of the C x C logits in torch.
+
+The C x C attention is kept for the backward pass: it is small beside the maps, and making it again would read query and key again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layout import GradientColumns
+from ..registration import LIBRARY, op
+
+# Maps are (B, C, N) of any strides and one dtype; matrices (B, heads, rows, columns) in the dtype of sums.
+LIBRARY.define("channel_gram(Tensor x, Tensor y, int heads) -> Tensor")
+LIBRARY.define("channel_mix(Tensor(a!) out, Tensor matrix, Tensor x, bool onto) -> ()")
+LIBRARY.define("channel_residual(Tensor attention, Tensor value, Tensor target) -> Tensor")
+LIBRARY.define(
+    "channel_residual_backward(Tensor attention, Tensor to_value, Tensor slope, Tensor value, Tensor target, bool need_attention, "
+    "Tensor(a!)? of_value, Tensor(b!)? of_target) -> Tensor"
+)
+
+
+def channel_attention(
+    query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, heads: int
+) -> tuple[Tensor, Tensor]:
+    """-> out (B, Cq, *S), attention (B, heads, Cq / heads, Ck / heads)."""
+    value = key if value is None else value
+    attention = _attention(query, key, scale, heads)
+    out = query.new_empty(query.shape[:2] + value.shape[2:])
+    op("channel_mix")(out.flatten(2), attention, value.flatten(2), False)
+    return out, attention
+
+
+def channel_attention_backward(
+    grad: Tensor,
+    attention: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    scale: float | None,
+    heads: int,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value; where the value is the key (None), the key's holds both."""
+    shared, value = value is None, key if value is None else value
+    upstream = grad.flatten(2)
+    of_query, of_key = GradientColumns(query, need_query), GradientColumns(key, need_key)
+    of_value = GradientColumns(value, need_value)
+    as_value = of_key if shared else of_value
+    if as_value.needed:
+        op("channel_mix")(as_value.columns, attention.mT, upstream, False)
+    if need_query or need_key:
+        of_attention = op("channel_gram")(upstream, value.flatten(2), heads)
+        _through_logits(of_attention, attention, query, key, scale, of_query, of_key, onto_key=shared)
+    return of_query.finish(), of_key.finish(), of_value.finish()
+
+
+def channel_attention_distance(
+    query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int
+) -> tuple[Tensor, Tensor]:
+    """-> distance (B,), attention (B, heads, Cq / heads, Ck / heads)."""
+    attention = _attention(query, key, scale, heads)
+    value = key if value is None else value
+    distance = op("channel_residual")(attention, value.flatten(2), target.flatten(2))
+    return distance.to(attention.dtype), attention
+
+
+def channel_attention_distance_backward(
+    grad: Tensor,
+    attention: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    target: Tensor,
+    scale: float | None,
+    heads: int,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+    need_target: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, value and target, by one sweep over value and target that forms the residual again."""
+    shared, value = value is None, key if value is None else value
+    of_query, of_key = GradientColumns(query, need_query), GradientColumns(key, need_key)
+    of_value, of_target = GradientColumns(value, need_value), GradientColumns(target, need_target)
+    as_value = of_key if shared else of_value
+    slope = 2 * grad  # of the square
+    by_sample = slope[:, None, None, None]
+    of_attention = op("channel_residual_backward")(
+        attention,
+        by_sample * attention.mT,
+        slope,
+        value.flatten(2),
+        target.flatten(2),
+        need_query or need_key,
+        as_value.columns if as_value.needed else None,
+        of_target.columns if need_target else None,
+    )
+    if need_query or need_key:
+        of_attention *= by_sample
+        _through_logits(of_attention, attention, query, key, scale, of_query, of_key, onto_key=shared)
+    return of_query.finish(), of_key.finish(), of_value.finish(), of_target.finish()
+
+
+def _factor(query: Tensor, scale: float | None) -> float:
+    return query.shape[2:].numel() ** -0.5 if scale is None else scale
+
+
+def _attention(query: Tensor, key: Tensor, scale: float | None, heads: int) -> Tensor:
+    logits = op("channel_gram")(query.flatten(2), key.flatten(2), heads)
+    attention: Tensor = torch.softmax(logits.mul_(_factor(query, scale)), dim=-1)
+    return attention
+
+
+def _through_logits(
+    of_attention: Tensor,
+    attention: Tensor,
+    query: Tensor,
+    key: Tensor,
+    scale: float | None,
+    of_query: GradientColumns,
+    of_key: GradientColumns,
+    *,
+    onto_key: bool,
+) -> None:
+    """From the gradient of the attention to those of query and key; `onto_key` adds to what the key's already holds."""
+    # Not torch's own backward of the softmax, whose bits depend on the number of threads.
+    weighted = attention * of_attention
+    of_logits = (weighted - attention * weighted.sum(dim=-1, keepdim=True)).mul_(_factor(query, scale))
+    if of_query.needed:
+        op("channel_mix")(of_query.columns, of_logits, key.flatten(2), False)
+    if of_key.needed:
+        op("channel_mix")(of_key.columns, of_logits.mT, query.flatten(2), onto_key)

@@ -1,0 +1,179 @@
+"""Schemas, fakes, autograd, backends, costs and sample inputs of channel attention and its distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, registration
+from ..dispatch import Backend, OpSpec, Sample
+from . import reference
+
+CPU = "kdops.channel_attention.cpu"
+NO_DOUBLE_BACKWARD = "attention losses are differentiated once, and kernels have no second formula"
+
+
+def _fake_attention(query: Tensor, key: Tensor, heads: int) -> Tensor:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty((query.shape[0], heads, query.shape[1] // heads, key.shape[1] // heads), dtype=dtype)
+
+
+def _fake_forward(
+    query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, heads: int
+) -> tuple[Tensor, Tensor]:
+    value = key if value is None else value
+    out = query.new_empty(query.shape[:2] + value.shape[2:])
+    return out, _fake_attention(query, key, heads)
+
+
+def _fake_distance(
+    query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int
+) -> tuple[Tensor, Tensor]:
+    attention = _fake_attention(query, key, heads)
+    return attention.new_empty(query.shape[0]), attention
+
+
+def _fake_backward(grad: Tensor, attention: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """args: the inputs (the value may be None), scale, heads, and one `need` for each input."""
+    inputs = args[: (len(args) - 2) // 2]
+    needs = args[len(inputs) + 2 :]
+    return tuple(
+        torch.empty_like(t) if needed else grad.new_empty(0, dtype=args[0].dtype)
+        for t, needed in zip(inputs, needs, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *maps, ctx.scale, ctx.heads = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *maps)
+
+
+def _backward(op: registration.Op) -> Callable[..., Any]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        attention, *maps = ctx.saved_tensors
+        needs = ctx.needs_input_grad[: len(maps)]
+        gradients = op(grad, attention, *maps, ctx.scale, ctx.heads, *needs)
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None
+
+    return backward
+
+
+def _declare(name: str, fake: Callable[..., Any], maps: tuple[str, ...]) -> None:
+    inputs = ", ".join("Tensor? value" if m == "value" else f"Tensor {m}" for m in maps) + ", float? scale, int heads"
+    needs = ", ".join(f"bool need_{m}" for m in maps)
+    gradients = ", ".join("Tensor" for _ in maps)
+    registration.define(name, f"({inputs}) -> (Tensor, Tensor)", fake, cpu_module=CPU)
+    schema = f"(Tensor grad, Tensor attention, {inputs}, {needs}) -> ({gradients})"
+    registration.define(f"{name}_backward", schema, _fake_backward, cpu_module=CPU)
+    registration.differentiate(name, _setup_context, _backward, NO_DOUBLE_BACKWARD)
+
+
+_declare("channel_attention", _fake_forward, ("query", "key", "value"))
+_declare("channel_attention_distance", _fake_distance, ("query", "key", "value", "target"))
+
+
+# --- costs -----------------------------------------------------------------------------------------------------------------------
+
+
+def _size(*tensors: Tensor) -> int:
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())  # key is value: counted once
+
+
+def _output(query: Tensor, value: Tensor) -> int:
+    return query.shape[:2].numel() * value.shape[2:].numel() * query.element_size()
+
+
+def _bytes(query: Tensor, key: Tensor, value: Tensor, *target: Tensor, backward: bool = False, **kwargs: Any) -> int:
+    # Forward reads every input once and writes the output, unless a target is all that sees it. Backward reads its gradient (or the
+    # target) and the inputs, and writes the gradients that are asked for.
+    maps = (query, key, value, *target)
+    out = 0 if target else _output(query, value)
+    return (1 + backward) * (_size(*maps) + out) + backward * _size(*(t for t in maps if t.requires_grad))
+
+
+def _flops(
+    query: Tensor, key: Tensor, value: Tensor, *target: Tensor, heads: int = 1, backward: bool = False, **kwargs: Any
+) -> int:
+    pairs = 2 * query.shape[0] * query.shape[1] * key.shape[1] // heads  # multiply and add for every pair of channels
+    at_keys, at_values = pairs * key.shape[2:].numel(), pairs * value.shape[2:].numel()
+    forward = at_keys + at_values
+    if not backward:
+        return forward
+    logits = query.requires_grad or key.requires_grad
+    again = bool(target) and (logits or value.requires_grad or target[0].requires_grad)  # the residual is formed twice
+    return (
+        forward
+        + at_values * (again + logits + value.requires_grad)
+        + at_keys * (query.requires_grad + key.requires_grad)
+    )
+
+
+def _scratch_bytes(
+    query: Tensor, key: Tensor, *others: Tensor, heads: int = 1, backward: bool = False, **kwargs: Any
+) -> int:
+    # C x C matrices: the attention, packed, sums over chunks of positions; in backward three more. And three packed tiles a thread.
+    matrix = query.shape[0] * query.shape[1] * key.shape[1] // heads * max(4, query.element_size())
+    chunks = min(32, query.shape[2:].numel() // 1024 + 1)
+    tile = max(4, query.element_size()) * 2**16
+    return (2 + chunks + 3 * backward) * matrix + 3 * tile * torch.get_num_threads()
+
+
+# --- backends and samples --------------------------------------------------------------------------------------------------------
+
+
+def _first(op: registration.Op) -> Callable[..., Tensor]:
+    """`op` without its second result, the attention that backward needs."""
+
+    def call(*args: Any) -> Tensor:
+        out: Tensor = op(*args)[0]
+        return out
+
+    return call
+
+
+def _shapes(b: int, cq: int, ck: int, *s: int) -> tuple[tuple[int, ...], ...]:
+    return ((b, cq, *s), (b, ck, *s), (b, ck, *s))
+
+
+_SAMPLES = (
+    Sample("cross", _shapes(2, 6, 4, 5, 7)),
+    Sample("heads", _shapes(2, 6, 4, 4, 4), {"heads": 2}),
+    Sample("prime", _shapes(3, 11, 5, 13)),
+    Sample("one of each", _shapes(1, 1, 1, 1)),
+    Sample("value of other positions", ((2, 3, 4, 5), (2, 5, 2, 10), (2, 5, 7))),
+    Sample("wide", _shapes(1, 24, 32, 7, 11), {"heads": 4}),
+    Sample("empty batch", _shapes(0, 4, 4, 3, 2)),
+)
+
+
+def _with_target(sample: Sample) -> Sample:
+    query, _, value = sample.shapes
+    kwargs = {**sample.kwargs, **({"statistic": "sum"} if "heads" in sample.kwargs else {})}
+    return Sample(sample.name, (*sample.shapes, query[:2] + value[2:]), kwargs)
+
+
+def register(function: Callable[..., Any]) -> None:
+    """Tell dispatch and the contract tests about one public function of this op."""
+    name = function.__name__
+    distance = name == "channel_attention_distance"
+    dispatch.register(
+        OpSpec(
+            name=name,
+            function=function,
+            backends=(
+                Backend("cpu", _first(registration.op(name)), dispatch.supports_cpu),
+                Backend("reference", getattr(reference, name), dispatch.supports_reference),
+            ),
+            samples=tuple(map(_with_target, _SAMPLES)) if distance else _SAMPLES,
+            bytes=_bytes,
+            flops=_flops,
+            scratch_bytes=_scratch_bytes,
+            raw_ops=(name, f"{name}_backward"),
+            no_double_backward=NO_DOUBLE_BACKWARD,
+            autocast="float32" if distance else "autocast",
+        )
+    )
