@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.conftest  # isort: skip  (chooses Triton's interpreter, before kdops looks for it)  # noqa: F401
 from kdops.dispatch import BACKENDS, SPECS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "contract.md"
