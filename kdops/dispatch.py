@@ -88,6 +88,11 @@ class OpSpec:
         raise ValueError(f"{self.name} has no backend {name!r}: it has {have}. Pass one of them, or 'auto'.")
 
 
+def size(*tensors: Tensor) -> int:
+    """Bytes of the tensors together."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 SPECS: dict[str, OpSpec] = {}
 
 

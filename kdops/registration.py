@@ -39,6 +39,16 @@ def define(
         LIBRARY.impl(name, _in_given_dtypes(_lazy(cpu_module, name)), "CPU")
 
 
+def accumulator(t: Tensor) -> torch.dtype:
+    """What kernels accumulate in and keep statistics in: float32, or float64 for float64 inputs."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def gradient_like(t: Tensor, needed: bool) -> Tensor:
+    """What a backward operator returns for the input `t`, unwritten: its dense strides, or no elements where nobody asked."""
+    return torch.empty_like(t) if needed else t.new_empty(0)
+
+
 def op(name: str, suffix: str = "") -> Op:
     """The callable operator `kdops::<name><suffix>`, its overload bound once."""
     overload: Op = getattr(torch.ops.kdops, name + suffix).default

@@ -25,6 +25,18 @@ def supported(case: Case, dtype: torch.dtype) -> bool:
     return case.spec.backend(case.backend).supports(case.inputs(dtype)) is None
 
 
+@pytest.mark.parametrize("sample_case", [c for c in CASES if c.backend == "reference"], ids=str)
+def test_costs_are_stated(sample_case: Case) -> None:
+    """Bytes, FLOPs and scratch of every sample: whole numbers, and backward costs more than forward alone."""
+    spec, kwargs = sample_case.spec, sample_case.sample.kwargs
+    for count in (spec.bytes, spec.flops, spec.scratch_bytes):
+        forward, both = (count(*sample_case.inputs(), **kwargs, backward=b) for b in (False, True))
+        assert isinstance(forward, int)
+        assert 0 <= forward <= both
+    if all(n for shape in sample_case.sample.shapes for n in shape):
+        assert spec.bytes(*sample_case.inputs(), **kwargs) >= kdops.dispatch.size(*sample_case.inputs())
+
+
 @pytest.mark.parametrize(("spec", "backend", "reason"), list(missing()), ids=lambda v: getattr(v, "name", v))
 def test_backend_is_here(spec: kdops.dispatch.OpSpec, backend: str, reason: str) -> None:
     pytest.skip(f"{spec.name} on {backend}: {reason}")
@@ -134,6 +146,14 @@ def test_03_opcheck_of_other_strides(case: Case) -> None:
 # 4 ---------------------------------------------------------------------------------------------------------------------
 
 
+def most_compilations(case: Case) -> int:
+    """One; two for kernels whose operator takes a float, which torch first traces as a symbol and then fixes, starting over once."""
+    if case.backend == "reference":
+        return 1
+    schemas = [getattr(torch.ops.kdops, name).default._schema for name in case.spec.raw_ops]
+    return 1 + any("float" in str(argument.type) for schema in schemas for argument in schema.arguments)
+
+
 @every_case
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_04_compiles_to_one_graph(case: Case, dynamic: bool) -> None:
@@ -146,9 +166,8 @@ def test_04_compiles_to_one_graph(case: Case, dynamic: bool) -> None:
     compiled_grads = torch.autograd.grad(compiled_out, given, case.upstream(out))
     for mine, eager in zip((compiled_out, *compiled_grads), (out, *grads), strict=True):
         torch.testing.assert_close(mine, eager)
-    compilations = counter.frame_count  # fullgraph allows one graph; torch starts over once where it fixes a float
     compiled(*given)
-    assert counter.frame_count == compilations
+    assert 1 <= counter.frame_count <= most_compilations(case)
 
 
 @first_sample
@@ -156,12 +175,10 @@ def test_04_other_shapes_do_not_recompile(case: Case) -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(case.call, fullgraph=True, dynamic=True, backend=counter)
-    compilations = []
     for scale in (2, 3, 4):
         larger = [torch.cat([t] * scale, dim=-1).detach().requires_grad_() for t in case.inputs()]
         torch.testing.assert_close(compiled(*larger), case.call(*larger))
-        compilations.append(counter.frame_count)
-    assert compilations[0] == compilations[-1]
+    assert 1 <= counter.frame_count <= most_compilations(case)
 
 
 @first_sample

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layout import GradientColumns
-from ..registration import LIBRARY, op
+from ..registration import LIBRARY, accumulator, op
 from .spec import by_grams
 
 # Normalised columns (B, C, N) -> (B,) float64; backward: sum_j slope(D_ij) column_j as (B, N padded, C padded), or (0,) if not needed.
@@ -29,7 +29,7 @@ STRIP = 2**17  # numbers in a strip of columns: 1 MiB in float64
 
 def affinity_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> tuple[Tensor, Tensor]:
     """-> the sum over all pairs of positions (B,), float32 or, for float64 inputs, float64; Grams (B, Cs + Ct, Cs + Ct) or (0,)."""
-    wide = _wide(student)
+    wide = accumulator(student)
     if by_grams(student, teacher, p):
         grams = _grams(student, teacher, eps)
         ss, st, tt = _blocks(grams, student)
@@ -59,10 +59,6 @@ def affinity_distance_backward(
     else:
         _backward_by_tiles(factor, student, teacher, p, eps, of_student, of_teacher)
     return of_student.finish(), of_teacher.finish()
-
-
-def _wide(maps: Tensor) -> torch.dtype:
-    return torch.float64 if maps.dtype == torch.float64 else torch.float32
 
 
 class _Columns:
@@ -95,7 +91,7 @@ def _backward_by_tiles(
     of_student: GradientColumns,
     of_teacher: GradientColumns,
 ) -> None:
-    both = _Columns(student, eps, _wide(student)), _Columns(teacher, eps, _wide(teacher))
+    both = _Columns(student, eps, accumulator(student)), _Columns(teacher, eps, accumulator(teacher))
     sums = op("affinity_tiles_backward")(both[0].hat, both[1].hat, p, of_student.needed, of_teacher.needed)
     for sign, columns, of_maps, total in zip((1, -1), both, (of_student, of_teacher), sums, strict=True):
         if of_maps.needed:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, registration
-from ..dispatch import Backend, OpSpec, Sample
+from ..dispatch import Backend, OpSpec, Sample, size
+from ..registration import accumulator, gradient_like
 from . import reference
 
 NAME = "affinity_distance"
@@ -25,7 +26,7 @@ def by_grams(student: Tensor, teacher: Tensor, p: int) -> bool:
 
 
 def _fake_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    dtype = accumulator(student)
     channels = student.shape[1] + teacher.shape[1]
     grams = (student.shape[0], channels, channels) if by_grams(student, teacher, p) else (0,)
     return student.new_empty(student.shape[0], dtype=dtype), student.new_empty(grams, dtype=torch.float64)
@@ -41,9 +42,7 @@ def _fake_backward(
     need_student: bool,
     need_teacher: bool,
 ) -> tuple[Tensor, Tensor]:
-    wanted = ((student, need_student), (teacher, need_teacher))
-    of_student, of_teacher = (torch.empty_like(t) if needed else t.new_empty(0) for t, needed in wanted)
-    return of_student, of_teacher
+    return gradient_like(student, need_student), gradient_like(teacher, need_teacher)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int, float], output: tuple[Tensor, Tensor]) -> None:
@@ -75,13 +74,9 @@ registration.differentiate(NAME, _setup_context, _backward, NO_DOUBLE_BACKWARD)
 # --- costs -----------------------------------------------------------------------------------------------------------------------
 
 
-def _size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def _bytes(student: Tensor, teacher: Tensor, *, backward: bool = False, **kwargs: Any) -> int:
-    both = _size(student, teacher)
-    return both + backward * (both + _size(*(t for t in (student, teacher) if t.requires_grad)))
+    both = size(student, teacher)
+    return both + backward * (both + size(*(t for t in (student, teacher) if t.requires_grad)))
 
 
 def _flops(student: Tensor, teacher: Tensor, *, p: int = 1, backward: bool = False, **kwargs: Any) -> int:

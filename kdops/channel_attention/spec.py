@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, registration
-from ..dispatch import Backend, OpSpec, Sample
+from ..dispatch import Backend, OpSpec, Sample, size
+from ..registration import accumulator
 from . import reference
 
 CPU = "kdops.channel_attention.cpu"
@@ -17,7 +18,7 @@ NO_DOUBLE_BACKWARD = "attention losses are differentiated once, and kernels have
 
 
 def _fake_attention(query: Tensor, key: Tensor, heads: int) -> Tensor:
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = accumulator(query)
     return query.new_empty((query.shape[0], heads, query.shape[1] // heads, key.shape[1] // heads), dtype=dtype)
 
 
@@ -80,7 +81,7 @@ _declare("channel_attention_distance", _fake_distance, ("query", "key", "value",
 
 
 def _size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())  # key is value: counted once
+    return size(*{id(t): t for t in tensors}.values())  # key is value: counted once
 
 
 def _output(query: Tensor, value: Tensor) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, registration
-from ..dispatch import Backend, OpSpec, Sample
+from ..dispatch import Backend, OpSpec, Sample, size
+from ..registration import accumulator, gradient_like
 from . import reference
 
 TRITON = "kdops.contrast.triton"
@@ -18,24 +19,16 @@ NO_DOUBLE_BACKWARD = (
 )
 
 
-def _result_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _like(t: Tensor, needed: bool) -> Tensor:
-    return torch.empty_like(t) if needed else t.new_empty(0)
-
-
 def _fake_distance(x: Tensor, y: Tensor, p: int) -> Tensor:
-    return x.new_empty((x.shape[0], y.shape[0]), dtype=_result_dtype(x))
+    return x.new_empty((x.shape[0], y.shape[0]), dtype=accumulator(x))
 
 
 def _fake_matched(anchor: Tensor, others: Tensor, p: int) -> Tensor:
-    return anchor.new_empty(others.shape[:2], dtype=_result_dtype(anchor))
+    return anchor.new_empty(others.shape[:2], dtype=accumulator(anchor))
 
 
 def _fake_backward(grad: Tensor, a: Tensor, b: Tensor, p: int, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor]:
-    return _like(a, need_a), _like(b, need_b)
+    return gradient_like(a, need_a), gradient_like(b, need_b)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
@@ -69,14 +62,10 @@ for _name, _first, _second, _fake in (
 # --- costs -----------------------------------------------------------------------------------------------------------------------
 
 
-def _size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def _bytes(*tensors: Tensor, backward: bool = False, **kwargs: Any) -> int:
     # Forward reads every input once; backward reads them again and writes the gradients that are asked for.
     wanted = [t for t in tensors if t.requires_grad]
-    return _size(*tensors) + backward * (_size(*tensors) + _size(*wanted))
+    return size(*tensors) + backward * (size(*tensors) + size(*wanted))
 
 
 def _pair_flops(a: Tensor, b: Tensor, backward: bool) -> int:
@@ -94,7 +83,7 @@ def _flops(anchor: Tensor, *others: Tensor, backward: bool = False, **kwargs: An
 
 def _scratch_bytes(anchor: Tensor, *others: Tensor, backward: bool = False, **kwargs: Any) -> int:
     # Kernels keep their tiles in cache. The ratio adds the two gradients of the anchor, for which autograd holds both.
-    return _size(anchor) if len(others) > 1 and backward and anchor.requires_grad else 0
+    return size(anchor) if len(others) > 1 and backward and anchor.requires_grad else 0
 
 
 # --- backends and samples --------------------------------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import dispatch, registration
-from ..dispatch import Backend, OpSpec, Sample
+from ..dispatch import Backend, OpSpec, Sample, size
+from ..registration import accumulator, gradient_like
 from . import reference
 
 NO_DOUBLE_BACKWARD = (
@@ -30,13 +30,9 @@ def _fake(
     """The result, and the logarithm of every softmax's denominator."""
     channels = (key if value is None else value).shape[1]
     positions = prod((key if over_query else query).shape[2:])
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    dtype = accumulator(query)
     out = query.new_empty((query.shape[0], channels, *query.shape[2:]))
     return out, query.new_empty((query.shape[0], positions), dtype=dtype)
-
-
-def _like(t: Tensor, needed: bool) -> Tensor:
-    return torch.empty_like(t) if needed else t.new_empty(0)
 
 
 def _fake_backward(
@@ -53,7 +49,11 @@ def _fake_backward(
     need_value: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients; where value is None, the key's includes that of its role as value."""
-    return _like(query, need_query), _like(key, need_key), _like(key if value is None else value, need_value)
+    return (
+        gradient_like(query, need_query),
+        gradient_like(key, need_key),
+        gradient_like(key if value is None else value, need_value),
+    )
 
 
 def _setup_context(
@@ -82,10 +82,6 @@ registration.differentiate("spatial_attention", _setup_context, _backward, NO_DO
 # --- costs -----------------------------------------------------------------------------------------------------------------------
 
 
-def _size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def _out_size(query: Tensor, value: Tensor) -> int:
     return query.shape[0] * value.shape[1] * prod(query.shape[2:]) * query.element_size()
 
@@ -98,7 +94,7 @@ def _bytes(query: Tensor, key: Tensor, value: Tensor, *, backward: bool = False,
     # Forward reads the inputs and writes the result; backward reads both and the upstream gradient, and writes the gradients asked for.
     given, out = _inputs(query, key, value), _out_size(query, value)
     wanted = [t for t in given if t.requires_grad]
-    return _size(*given) + out + backward * (_size(*given, *wanted) + 2 * out)
+    return size(*given) + out + backward * (size(*given, *wanted) + 2 * out)
 
 
 def _flops(
@@ -120,12 +116,12 @@ def _scratch_bytes(query: Tensor, key: Tensor, value: Tensor, *, backward: bool 
     # On the CPU: packed copies of the inputs (two of the key), and in backward of the upstream gradient; there the query's gradient is
     # summed apart in at most 16 tasks for the whole batch, each of at least 128 positions of the key.
     if not backward:
-        return _size(query, key, value)
+        return size(query, key, value)
     groups = min(max(16 // max(query.shape[0], 1), 1), -(-prod(key.shape[2:]) // 128))
     return (
-        _size(query, key, *_inputs(query, key, value)[1:])
+        size(query, key, *_inputs(query, key, value)[1:])
         + _out_size(query, value)
-        + groups * query.requires_grad * _size(query)
+        + groups * query.requires_grad * size(query)
     )
 
 
