@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 from trainers.config import Config, contradictions
 from trainers.errors import InputError
 from trainers.methods import METHODS
+from trainers.results import flat
 
 Key = tuple[str | int, ...]
 
@@ -53,7 +54,7 @@ def dump_config(config: Config) -> str:
 
 def changes(before: Config, after: Config) -> list[str]:
     """What differs between two configs: `train.lr: 0.001 -> 0.0001`."""
-    old, new = (_flat(config.model_dump(mode="json")) for config in (before, after))
+    old, new = (flat(config.model_dump(mode="json")) for config in (before, after))
     return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
 
 
@@ -195,13 +196,6 @@ class Source:
             else:
                 break
         return mark.line + 1, mark.column + 1
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def _near(wrong: str, known: list[str]) -> str:
