@@ -1,0 +1,240 @@
+"""What the benchmarks of all ops share: a case, its providers, a row of figures, and the ratios that goals are stated in.
+
+A `Case` is one call of an op: shapes, which tensors are one and the same, which need a gradient. A `Suite` is an op with the
+implementations that it is compared with. Everything that is compared runs interleaved in one process (measure.interleave).
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from math import exp, log
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import contract_gate, machine, measure, results
+from kdops.dispatch import SPECS
+
+Function = Callable[..., Tensor]
+OURS = "kdops."
+MOST = {"cpu": 8 * 2**30, "cuda": 100 * 2**30}  # bytes that a provider may take
+
+torch._dynamo.config.recompile_limit = 256  # one for every case: compile must not fall back to eager
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op, forward or forward and backward.
+
+    `shapes` are those of the distinct tensors, `arguments` says which of them each argument is (none twice, unless given), `trained`
+    which need a gradient. `held` is what eager torch holds at its peak, in bytes, where that matters; `exact` whether a float64 truth
+    is affordable.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    trained: tuple[int, ...]
+    arguments: tuple[int, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    rounds: int = 15
+    held: int = 0
+    exact: bool = True
+
+    def __str__(self) -> str:
+        sizes = " ".join(dict.fromkeys("x".join(map(str, shape)) for shape in self.shapes))
+        options = "".join(f", {key}={value}" for key, value in self.options)
+        where = "" if self.device == "cpu" else f", {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.name} {sizes}{options}{where}"
+
+    @property
+    def mode(self) -> str:
+        return "forward+backward" if self.trained else "forward"
+
+    def inputs(self) -> list[Tensor]:
+        """The arguments; the same values in every process."""
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(shape, generator=generator).to(self.device, self.dtype) for shape in self.shapes]
+        for index in self.trained:
+            drawn[index].requires_grad_()
+        return [drawn[index] for index in self.arguments or range(len(drawn))]
+
+    def step(self, function: Function, inputs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Forward and backward through `function`, returning the results and the gradients that are asked for."""
+        wanted = list({id(t): t for t in inputs if t.requires_grad}.values())
+        options = dict(self.options)
+        upstream: list[Tensor] = []
+
+        def run() -> list[Tensor]:
+            out = function(*inputs, **options)
+            outs = [out] if isinstance(out, Tensor) else list(out)
+            if not wanted:
+                return outs
+            if not upstream:
+                generator = torch.Generator().manual_seed(1)
+                upstream.extend(torch.randn(o.shape, generator=generator).to(o) for o in outs)
+            # The upstream gradient takes the result's dtype: a provider may compute in a wider one.
+            grads = torch.autograd.grad(outs, wanted, [u.to(o.dtype) for u, o in zip(upstream, outs, strict=True)])
+            return [*(o.detach() for o in outs), *grads]
+
+        return run
+
+
+@dataclass(frozen=True)
+class Provider:
+    """An implementation: what runs, and `refusal(case)`, the reason why it cannot (None: it can)."""
+
+    function: Function
+    refusal: Callable[[Case], str | None] = field(default=lambda case: None)
+
+
+def bounded(function: Function) -> Provider:
+    """A provider that holds what eager torch holds: refused where that is too much."""
+
+    def refusal(case: Case) -> str | None:
+        if case.held <= MOST[case.device]:
+            return None
+        return f"it would hold {case.held / 2**30:.0f} GiB, above the {MOST[case.device] / 2**30:.0f} GiB allowed here"
+
+    return Provider(function, refusal)
+
+
+def missing(library: str) -> Provider:
+    """A provider that is not installed here: its row says so."""
+
+    def function(*args: Any, **kwargs: Any) -> Tensor:
+        raise RuntimeError(f"{library} is not installed")
+
+    return Provider(function, lambda case: f"{library} is not installed")
+
+
+def eager_and_compiled(eager: Function) -> dict[str, Provider]:
+    """The reference in plain torch, as it is and through torch.compile, whose autotuning tries every product that it has."""
+    return {
+        "eager": bounded(eager),
+        "compile": bounded(torch.compile(eager, dynamic=False)),
+        "max-autotune": bounded(torch.compile(eager, dynamic=False, mode="max-autotune-no-cudagraphs")),
+    }
+
+
+class Suite:
+    """An op, and all that it is compared with. `unit` is what its FLOPs are done by: "matrix" products or "vector" instructions."""
+
+    def __init__(self, op: str, baselines: dict[str, Provider], unit: str = "matrix") -> None:
+        self.spec = SPECS[op]
+        self.unit = unit
+        self.baselines = baselines
+        ours = {OURS + b.name: self._ours(b.name) for b in self.spec.backends if b.name != "reference"}
+        self.providers = {**ours, **baselines}
+
+    def _ours(self, backend: str) -> Provider:
+        def function(*args: Any, **kwargs: Any) -> Tensor:
+            out: Tensor = self.spec.function(*args, **kwargs, backend=backend)
+            return out
+
+        return Provider(function, lambda case: self.spec.backend(backend).supports(case.inputs()))
+
+    def names(self, device: str) -> list[str]:
+        """The providers that make sense on a device: not Triton's interpreter, which is made for tests."""
+        elsewhere = {"cpu": (OURS + "triton", OURS + "cuda"), "cuda": (OURS + "cpu",)}[device]
+        return [name for name in self.providers if name not in elsewhere]
+
+    def rows(self, cases: Iterable[Case]) -> list[tuple[Case, str]]:
+        """Every row of the table: a case and a provider."""
+        return [(case, provider) for case in cases for provider in self.names(case.device)]
+
+    @cache  # noqa: B019 (a suite lives as long as the process)
+    def timings(self, case: Case) -> dict[str, measure.Timing]:
+        """Of every provider that can run the case, interleaved."""
+        inputs = case.inputs()
+        able = [name for name in self.names(case.device) if self.providers[name].refusal(case) is None]
+        calls = {n: measure.synchronised(case.step(self.providers[n].function, inputs), case.device) for n in able}
+        return measure.interleave(calls, case.rounds)
+
+    @cache  # noqa: B019
+    def truth(self, case: Case) -> list[Tensor]:
+        """Results and gradients of the reference in float64, with tensors that have two roles still shared."""
+        inputs = case.inputs()
+        wide = {id(t): t.detach().double().requires_grad_(t.requires_grad) for t in inputs}
+        eager = self.baselines["eager"].function
+        return case.step(eager, [wide[id(t)] for t in inputs])()
+
+    def row(self, benchmark: Any, case: Case, provider: str, store: bool) -> None:
+        """Measure one row; with `store`, keep it in benchmarks/results, whether it could run or not."""
+        reason = self.providers[provider].refusal(case) or contract_gate.refusal(self.spec.name, provider, store)
+        if reason is not None:
+            if store:
+                self._store(case, provider, {"refused": reason})
+            pytest.skip(f"{provider}: {reason}")
+        inputs = case.inputs()
+        step = measure.synchronised(case.step(self.providers[provider].function, inputs), case.device)
+        mine = self.timings(case)[provider]
+        benchmark.group = str(case)
+        got = benchmark.pedantic(step, rounds=1)
+        figures = self._figures(case, inputs, got, mine)
+        figures["peak_mib"] = round(measure.peak_bytes(step, case.device) / 2**20, 2)
+        benchmark.extra_info.update(figures)
+        # For `pytest -s` into a log: what was measured is kept when the run is cut short.
+        print(json.dumps({"op": self.spec.name, "case": str(case), "provider": provider, **figures}), flush=True)
+        if store:
+            self._store(case, provider, figures)
+
+    def _figures(
+        self, case: Case, inputs: list[Tensor], got: list[Tensor], mine: measure.Timing
+    ) -> dict[str, float | int]:
+        options = dict(case.options)
+        moved, done = (
+            count(*inputs, **options, backward=bool(case.trained)) for count in (self.spec.bytes, self.spec.flops)
+        )
+        floor = machine.peaks(case.device, case.dtype).floor(moved, done, self.unit)
+        return {
+            "median_ms": round(mine.median * 1e3, 4),
+            "spread_ms": round(mine.spread * 1e3, 4),
+            "tensors_mib": round(measure.size([*{id(t): t for t in inputs}.values(), *got]) / 2**20, 2),
+            "bytes": moved,
+            "flops": done,
+            "floor_ms": round(floor * 1e3, 4),
+            **({"error": float(f"{measure.relative_error(got, self.truth(case)):.2e}")} if case.exact else {}),
+        }
+
+    def _store(self, case: Case, provider: str, figures: dict[str, Any]) -> None:
+        where = machine.name(case.device)
+        row = {
+            "op": self.spec.name,
+            "provider": provider,
+            "mode": case.mode,
+            "shape": str(case),
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "machine": where,
+            "versions": machine.versions(),
+            "date": datetime.date.today().isoformat(),
+            **{key: str(value) for key, value in figures.items()},
+        }
+        results.store(where, [row])
+
+    def speedups(self, cases: Iterable[Case], over: str = "best", by: str = "kdops.cpu") -> dict[str, float]:
+        """How many times faster provider `by` is than `over`, or than the best of all baselines; printed as it is found."""
+        found = {}
+        for case in cases:
+            times = self.timings(case)
+            others = {n: t.median for n, t in times.items() if n in self.baselines}
+            rival = min(others, key=lambda n: others[n]) if over == "best" else over
+            found[str(case)] = others[rival] / times[by].median
+            print(
+                f"\n{case}: {times[by].median * 1e3:.2f} ms, {found[str(case)]:.2f} times faster than {rival}", end=""
+            )
+        print(f"\ngeometric mean: {geometric_mean(found.values()):.2f}")
+        return found
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """Of positive numbers."""
+    logs = [log(value) for value in values]
+    return exp(sum(logs) / len(logs))
