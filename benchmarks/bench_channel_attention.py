@@ -28,11 +28,7 @@ def eager_distance(query: Tensor, key: Tensor, value: Tensor, target: Tensor) ->
     return reference.channel_attention_distance(query, key, value, target, None, 1) / target[0].numel()
 
 
-SUITES = {
-    "channel_attention": Suite("channel_attention", eager_and_compiled(eager_attention)),
-    "channel_attention_distance": Suite("channel_attention_distance", eager_and_compiled(eager_distance)),
-}
-
+EAGER = {"channel_attention": eager_attention, "channel_attention_distance": eager_distance}
 FORMS = {  # which tensor is query, key, value and target
     "teacher queries": (0, 1, 1, 0),
     "all": (0, 1, 2, 3),
@@ -43,7 +39,7 @@ def _case(op: str, name: str, form: str, rounds: int, *shape: int, **more: Any) 
     arguments = FORMS[form] if op.endswith("distance") else FORMS[form][:3]
     count = len(set(arguments))
     trained = (1,) if form == "teacher queries" else tuple(range(count))
-    return Case(f"{name}, {form},", (shape,) * count, trained, arguments, rounds=rounds, **more)
+    return Case(f"{name}, {form}", (shape,) * count, trained, arguments, rounds=rounds, **more)
 
 
 SHAPES = [  # networks' features, and rounds to time
@@ -54,23 +50,22 @@ SHAPES = [  # networks' features, and rounds to time
     ("Restormer 4", 25, 2, 384, 16, 16),
     ("high resolution", 7, 1, 48, 256, 256),
 ]
-CASES = {op: [_case(op, name, form, *rest) for name, *rest in SHAPES for form in FORMS] for op in SUITES}
+CASES = {op: [_case(op, name, form, *rest) for name, *rest in SHAPES for form in FORMS] for op in EAGER}
 GPU = {
     op: [
         _case(op, "high resolution", form, 20, 16, c, 256, 256, device="cuda", dtype=torch.bfloat16, exact=False)
         for c in (64, 180)
         for form in FORMS
     ]
-    for op in SUITES
+    for op in EAGER
 }
 
 
-def _rows() -> list[tuple[str, Case, str]]:
-    found = {op: CASES[op] + (GPU[op] if torch.cuda.is_available() else []) for op in SUITES}
-    return [(op, *row) for op, cases in found.items() for row in SUITES[op].rows(cases)]
+SUITES = {op: Suite(op, [*CASES[op], *GPU[op]], eager_and_compiled(eager)) for op, eager in EAGER.items()}
+ROWS = [(op, *row) for op, suite in SUITES.items() for row in suite.rows()]
 
 
-@pytest.mark.parametrize(("op", "case", "provider"), _rows(), ids=str)
+@pytest.mark.parametrize(("op", "case", "provider"), ROWS, ids=str)
 def test_row(benchmark: Any, store: bool, op: str, case: Case, provider: str) -> None:
     SUITES[op].row(benchmark, case, provider, store)
 

@@ -31,8 +31,6 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return scaled_dot_product_attention(*rows).transpose(2, 3).reshape(query.shape)
 
 
-SUITE = Suite("spatial_attention", {**eager_and_compiled(eager), "sdpa": Provider(sdpa)})
-
 FORMS = {  # which tensor is query, key and value, and which are trained
     "teacher queries": ((0, 1, 1), (1,)),
     "student queries": ((1, 0, 1), (1,)),
@@ -45,7 +43,7 @@ def _case(name: str, form: str, rounds: int, *shape: int, **more: Any) -> Case:
     arguments, trained = FORMS[form]
     pairs = shape[0] * (shape[2] * shape[3]) ** 2
     return Case(
-        f"{name}, {form},",
+        f"{name}, {form}",
         (shape,) * len(set(arguments)),
         trained,
         arguments,
@@ -64,7 +62,7 @@ SHAPES = [  # networks' features, and rounds to time
     ("Restormer 4", 51, 2, 384, 16, 16),
 ]
 CASES = [_case(name, form, *rest) for name, *rest in SHAPES for form in FORMS]
-LARGE = _case("high resolution", "teacher queries", 2, 1, 48, 256, 256)
+LARGE = _case("high resolution", "student queries", 2, 1, 48, 256, 256)
 GPU = [
     _case("high resolution", form, 10, 1, c, 256, 256, device="cuda", dtype=torch.bfloat16)
     for c in (64, 128, 180, 256, 384)
@@ -72,9 +70,14 @@ GPU = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "provider"), SUITE.rows([*CASES, LARGE, *(GPU if torch.cuda.is_available() else [])]), ids=str
-)
+SWEEP = [
+    _case("growing N", "teacher queries", rounds, 1, 48, side, side)
+    for side, rounds in ((16, 51), (32, 25), (64, 9), (128, 3), (256, 2))
+]
+SUITE = Suite("spatial_attention", [*CASES, LARGE, *SWEEP, *GPU], {**eager_and_compiled(eager), "sdpa": Provider(sdpa)})
+
+
+@pytest.mark.parametrize(("case", "provider"), SUITE.rows(), ids=str)
 def test_row(benchmark: Any, store: bool, case: Case, provider: str) -> None:
     SUITE.row(benchmark, case, provider, store)
 

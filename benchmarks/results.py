@@ -9,7 +9,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "results"
 
-KEY = ("op", "provider", "mode", "shape", "dtype", "machine", "versions")
+KEY = ("op", "provider", "mode", "case", "shape", "dtype", "machine", "versions")
 FIGURES = (
     "median_ms",
     "spread_ms",

@@ -49,10 +49,16 @@ class Case:
     exact: bool = True
 
     def __str__(self) -> str:
+        return f"{self.name}, {self.shape}{'' if self.device == 'cpu' else f', {self.precision}'}"
+
+    @property
+    def shape(self) -> str:
         sizes = " ".join(dict.fromkeys("x".join(map(str, shape)) for shape in self.shapes))
-        options = "".join(f", {key}={value}" for key, value in self.options)
-        where = "" if self.device == "cpu" else f", {str(self.dtype).removeprefix('torch.')}"
-        return f"{self.name} {sizes}{options}{where}"
+        return sizes + "".join(f", {key}={value}" for key, value in self.options)
+
+    @property
+    def precision(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def mode(self) -> str:
@@ -125,10 +131,11 @@ def eager_and_compiled(eager: Function) -> dict[str, Provider]:
 
 
 class Suite:
-    """An op, and all that it is compared with. `unit` is what its FLOPs are done by: "matrix" products or "vector" instructions."""
+    """An op, its cases, and all that it is compared with. Its FLOPs are done by the `unit` "matrix" or "vector" (machine.Peaks)."""
 
-    def __init__(self, op: str, baselines: dict[str, Provider], unit: str = "matrix") -> None:
+    def __init__(self, op: str, cases: Sequence[Case], baselines: dict[str, Provider], unit: str = "matrix") -> None:
         self.spec = SPECS[op]
+        self.cases = [case for case in cases if case.device == "cpu" or torch.cuda.is_available()]
         self.unit = unit
         self.baselines = baselines
         ours = {OURS + b.name: self._ours(b.name) for b in self.spec.backends if b.name != "reference"}
@@ -146,16 +153,19 @@ class Suite:
         elsewhere = {"cpu": (OURS + "triton", OURS + "cuda"), "cuda": (OURS + "cpu",)}[device]
         return [name for name in self.providers if name not in elsewhere]
 
-    def rows(self, cases: Iterable[Case]) -> list[tuple[Case, str]]:
+    def rows(self) -> list[tuple[Case, str]]:
         """Every row of the table: a case and a provider."""
-        return [(case, provider) for case in cases for provider in self.names(case.device)]
+        return [(case, provider) for case in self.cases for provider in self.names(case.device)]
 
     @cache  # noqa: B019 (a suite lives as long as the process)
     def timings(self, case: Case) -> dict[str, measure.Timing]:
         """Of every provider that can run the case, interleaved."""
+        return self.compare(case, [n for n in self.names(case.device) if self.providers[n].refusal(case) is None])
+
+    def compare(self, case: Case, providers: Sequence[str]) -> dict[str, measure.Timing]:
+        """Of some providers, interleaved."""
         inputs = case.inputs()
-        able = [name for name in self.names(case.device) if self.providers[name].refusal(case) is None]
-        calls = {n: measure.synchronised(case.step(self.providers[n].function, inputs), case.device) for n in able}
+        calls = {n: measure.synchronised(case.step(self.providers[n].function, inputs), case.device) for n in providers}
         return measure.interleave(calls, case.rounds)
 
     @cache  # noqa: B019
@@ -210,8 +220,9 @@ class Suite:
             "op": self.spec.name,
             "provider": provider,
             "mode": case.mode,
-            "shape": str(case),
-            "dtype": str(case.dtype).removeprefix("torch."),
+            "case": case.name,
+            "shape": case.shape,
+            "dtype": case.precision,
             "machine": where,
             "versions": machine.versions(),
             "date": datetime.date.today().isoformat(),

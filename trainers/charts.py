@@ -186,3 +186,33 @@ def _curve(line: Series, across: _Axis, up: _Axis) -> str:
     fill = f'fill="{_colour(line)}"'
     dots = [f'<circle cx="{x}" cy="{y}" r="3" {fill}/>' for x, y in places] if line.markers else []
     return f'<polyline points="{points}" {_stroke(line)} {data}/>{"".join(dots)}'
+
+
+def picture(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> str:
+    """A whole SVG file with both axes logarithmic: points are joined and marked, the legend stands to the right.
+
+    Raises:
+        ValueError: no series has a point that is positive in x and y.
+    """
+    points = [point for line in series for point in line.points]
+    if not points or min(map(min, points)) <= 0:
+        raise ValueError(f"The picture {title!r} needs points that are positive in x and y; it was given {points[:3]}.")
+    across = _Axis(min(x for x, _ in points), max(x for x, _ in points), LEFT, WIDTH - RIGHT, log=True)
+    up = _Axis(min(y for _, y in points), max(y for _, y in points), HEIGHT - BOTTOM, TOP + 18, log=True)
+    legend = []
+    for row, line in enumerate(series):
+        y = TOP + 24 + 18 * row
+        legend.append(f'<line x1="{WIDTH + 8}" y1="{y}" x2="{WIDTH + 36}" y2="{y}" {_stroke(line)}/>')
+        legend.append(_text(WIDTH + 42, y + 4, line.label, "start"))
+    parts = [*_grid(across, up, x_label, y_label), *(_curve(line, across, up) for line in series), *legend]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH + 170} {HEIGHT}" font-family="sans-serif" font-size="11">'
+        f"<style>{_PICTURE_STYLE}</style><title>{escape(title)}</title>{_text(LEFT, TOP + 4, title, 'start')}{''.join(parts)}</svg>\n"
+    )
+
+
+# Grey and these six read on white and on black.
+_PICTURE_STYLE = (
+    "svg{--c0:#d1495b;--c1:#2e86ab;--c2:#5a9e4b;--c3:#e39b1f;--c4:#8d6bb8;--c5:#888}"
+    "text{fill:#888}.grid{stroke:#888;stroke-opacity:.25}.axis{stroke:#888}"
+)
