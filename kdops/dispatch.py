@@ -59,8 +59,9 @@ class OpSpec:
     `bytes`, `flops` and `scratch_bytes` take the positional tensors and keyword arguments of the public function and count one
     forward pass: bytes that must move through memory, floating-point operations that must be done, and what is allocated besides
     inputs and outputs. `backward=True` adds the backward pass. `raw_ops` names the registered operators behind the function.
-    `no_double_backward` says why kernels do not offer it (None: they do). `autocast` is the dtype that the function runs in
-    under torch.autocast: "float32" for distances (checks.for_distance), "autocast" for attention (checks.for_attention).
+    `no_double_backward` says why kernels do not offer it (None: they do), `no_gradient` why the results have no gradient at all.
+    `autocast` is the dtype that the function runs in under torch.autocast: "float32" for distances (checks.for_distance), "autocast"
+    for attention (checks.for_attention).
     A backend that nobody has written for this op is simply not among `backends`.
     """
 
@@ -73,6 +74,7 @@ class OpSpec:
     scratch_bytes: Callable[..., int]
     raw_ops: tuple[str, ...] = ()
     no_double_backward: str | None = None
+    no_gradient: str | None = None
     autocast: Literal["float32", "autocast"] = "float32"
 
     def has(self, name: str) -> bool:

@@ -32,29 +32,42 @@ class Case:
     def device(self) -> str:
         return "cuda" if self.backend == "cuda" or (self.backend == "triton" and GPU) else "cpu"
 
+    @property
+    def differentiable(self) -> bool:
+        return self.spec.no_gradient is None
+
     def inputs(self, dtype: torch.dtype = torch.float32, requires_grad: bool = True, seed: int = 0) -> list[Tensor]:
         """Normal inputs, rounded to `dtype`: the same values for every backend and device."""
         generator = torch.Generator().manual_seed(seed)
         drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.sample.shapes]
         return [t.to(self.device, dtype).requires_grad_(requires_grad) for t in drawn]
 
-    def call(self, *tensors: Tensor, backend: str | None = None) -> Tensor:
-        """The public function, on this case's backend unless another is named."""
+    def call(self, *tensors: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
+        """The results of the public function, one or several, on this case's backend unless another is named."""
         kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in self.sample.kwargs.items()}
-        out: Tensor = self.spec.function(*tensors, **kwargs, backend=backend or self.backend)
-        return out
+        out = self.spec.function(*tensors, **kwargs, backend=backend or self.backend)
+        return (out,) if isinstance(out, Tensor) else tuple(out)
 
-    def upstream(self, out: Tensor, seed: int = 1) -> Tensor:
-        """A random gradient for `out`."""
-        return torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(out)
+    def upstream(self, outs: tuple[Tensor, ...], seed: int = 1) -> list[Tensor]:
+        """A random gradient for each result."""
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in outs]
+
+    def backward(
+        self, outs: tuple[Tensor, ...], tensors: list[Tensor], seed: int = 1, retain_graph: bool = False
+    ) -> list[Tensor]:
+        """The gradients, for a random upstream gradient, of every input that requires one; none of results that have none."""
+        if not self.differentiable:
+            return []
+        wanted = [t for t in tensors if t.requires_grad]
+        return list(torch.autograd.grad(outs, wanted, self.upstream(outs, seed), retain_graph=retain_graph))
 
     def gradients(
         self, tensors: list[Tensor], backend: str | None = None, seed: int = 1
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The result and the gradients of every input that requires one."""
-        out = self.call(*tensors, backend=backend)
-        wanted = [t for t in tensors if t.requires_grad]
-        return out.detach(), list(torch.autograd.grad(out, wanted, self.upstream(out, seed)))
+    ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        """The results and the gradients of every input that requires one."""
+        outs = self.call(*tensors, backend=backend)
+        return tuple(out.detach() for out in outs), self.backward(outs, tensors, seed)
 
 
 def cases() -> list[Case]:
@@ -99,7 +112,9 @@ class RecordOps(TorchDispatchMode):
 
 
 def relative_error(measured: Tensor, exact: Tensor) -> float:
-    """Largest absolute error, relative to the largest exact value."""
+    """Largest absolute error, relative to the largest exact value; of yes and no, infinite unless they are the same."""
+    if exact.dtype == torch.bool:
+        return 0.0 if torch.equal(measured, exact) else float("inf")
     if exact.numel() == 0:
         return 0.0
     scale = exact.abs().max().clamp(min=1e-300)
