@@ -6,16 +6,18 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, Tag, model_validator
 
+from trainers.data.degradations import AnyDegradation, Bicubic
 from trainers.fields import PHOTOS, Auto, PathText, Section, Share, shape_of
 from trainers.methods import AnyMethodOptions
 from trainers.models import MODELS, ModelEntry, NetworkOptions
 from trainers.models.edsr import EDSROptions
+from trainers.tasks import TASKS
 
 TapName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Taps = Annotated[Auto | Annotated[dict[TapName, str], Tag("mapping")], shape_of("auto or {name: module.path, ...}")]
 
 
-Scale = Literal[2, 3, 4, 8]
+Scale = Literal[1, 2, 3, 4, 8]
 SCALES = get_args(Scale)
 
 
@@ -51,28 +53,33 @@ def options(network: Network) -> NetworkOptions:
     return chosen
 
 
-class TrainFolders(Section):
-    """Training images in folders."""
+class ImageFolders(Section):
+    """Ground truths and, where there is one, a folder of their inputs."""
 
     gt: PathText
     """Folder of ground-truth images."""
     lq: PathText | None = None
-    """Folder of degraded inputs of the same names; null makes them by bicubic downscaling."""
+    """Folder of degraded inputs; null makes them by the degradation."""
     lq_template: str = "{}"
-    """File name of an input without its extension, where {} is the ground truth's: {}x2 pairs 0001.png with 0001x2.png."""
+    """File name of an input without its extension, where {} is the ground truth's and * anything: {}x2, or {}_* for several inputs."""
 
 
-class ValSet(Section):
+class TrainFolders(ImageFolders):
+    """Training images in folders."""
+
+    exclude: list[str] = Field(default=[])
+    """Names of ground truths (without extension) that are left out, such as those of a test set's scenes."""
+
+
+class ValSet(ImageFolders):
     """A set of images to validate on."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
     """Name of the set in the report."""
     gt: PathText
     """Folder of ground-truth images, or photos for the held-out embedded photographs."""
-    lq: PathText | None = None
-    """Folder of degraded inputs of the same names; null makes them by bicubic downscaling."""
-    lq_template: str = "{}"
-    """File name of an input without its extension, where {} is the ground truth's."""
+    degradation: AnyDegradation | None = None
+    """Makes this set's inputs, from random numbers that depend on the image's name; null takes the one of training."""
 
 
 TrainImages = Annotated[
@@ -88,6 +95,10 @@ class Data(Section):
     """Images to train on: photos (embedded photographs) or folders."""
     val: list[ValSet] = Field(default=[ValSet(name=PHOTOS, gt=PHOTOS)], min_length=1)
     """Sets to validate on; the best checkpoint is chosen on the first."""
+    degradation: AnyDegradation | None = Bicubic()
+    """How inputs are made where there is no folder of them; the default is the task's."""
+    grey: bool = False
+    """Read all images as grey: three equal channels, degraded alike."""
     patch: int = Field(default=96, ge=1)
     """Side of a training patch in pixels of the ground truth."""
     batch: int = Field(default=16, ge=1)
@@ -146,8 +157,8 @@ class Val(Section):
 
     every: int = Field(default=500, ge=1)
     """Steps between validations; the last step is always validated."""
-    protocol: Literal["sr-y"] = "sr-y"
-    """How PSNR and SSIM are measured: colour space, range, rounding and border."""
+    protocol: Literal["sr-y", "denoise-rgb", "denoise-grey", "derain-y"] = "sr-y"
+    """How PSNR and SSIM are measured: colour space, range, rounding and border; the default is the task's."""
     save_images: int = Field(default=4, ge=0)
     """Images per set kept in the run folder for the report."""
 
@@ -159,10 +170,10 @@ class Config(Section):
     """Name of the run: the folder <out>/<name>."""
     out: str = "runs"
     """Folder of run folders, relative to the current directory."""
-    task: Literal["sr"] = "sr"
-    """Task: sr is super-resolution of bicubically downscaled images."""
+    task: Literal["sr", "denoise", "derain"] = "sr"
+    """Task: chooses the defaults of scale, data.degradation and val.protocol."""
     scale: Scale = 2
-    """Upsampling factor."""
+    """Upsampling factor: 2, 3, 4 or 8 for sr, 1 for the other tasks."""
     data: Data = Data()
     """Images."""
     teacher: Network | None = None
@@ -178,16 +189,25 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _networks_have_the_scale(cls, given: Any) -> Any:
-        scale = given.get("scale", 2) if isinstance(given, dict) else None
-        if scale not in SCALES:
-            return given  # the scale itself is the mistake
-        networks = {
-            role: {"scale": scale, **given[role]}
-            for role in ("teacher", "student")
-            if isinstance(given.get(role), dict)
-        }
-        return given | networks
+    def _the_task_fills_in(cls, given: Any) -> Any:
+        """Scale, degradation and protocol of the task, and the scale in networks that have one, where they are not given."""
+        task = TASKS.get(str(given.get("task", "sr"))) if isinstance(given, dict) else None
+        scale = given.get("scale", task.scale) if task else None
+        if task is None or scale not in SCALES:
+            return given  # the task or the scale itself is the mistake
+        filled = {"scale": scale}
+        for section, defaults in task.defaults().items():
+            if isinstance(given.get(section, {}), dict):
+                filled[section] = defaults | given.get(section, {})
+        for role in ("teacher", "student"):
+            if isinstance(given.get(role), dict) and has_scale(given[role].get("arch")):
+                filled[role] = {"scale": scale, **given[role]}
+        return given | filled
+
+
+def has_scale(arch: Any) -> bool:
+    """Whether a network can upscale; the others keep the size of an image."""
+    return arch in MODELS and "scale" in MODELS[arch].options.model_fields
 
 
 def contradictions(config: Config) -> list[tuple[str, str]]:
@@ -212,17 +232,43 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
     for role, network in (("teacher", config.teacher), ("student", config.student)):
         if network is None:
             continue
-        if network.scale != config.scale:
-            found.append((f"{role}.scale", f"{network.scale}, but the run's scale is {config.scale}: leave it out"))
+        if getattr(network, "scale", 1) != config.scale:
+            found.append(wrong_scale(role, network, config.scale))
         unit = config.scale * entry(network).multiple_of(options(network))
         if data.patch % unit:
             found.append(
                 ("data.patch", f"{data.patch} is not a multiple of {unit}, as the {role} at scale {config.scale} needs")
             )
-    names = [entry.name for entry in data.val]
-    found += [("data.val", f"two sets are called {name}") for name in sorted({n for n in names if names.count(n) > 1})]
+    found += data_contradictions(config)
     weights = dict(method.weights)
     pixel = weights["pixel"]
     if any(isinstance(weight, Share) for weight in weights.values()) and (isinstance(pixel, Share) or not pixel):
         found.append(("method.weights.pixel", "shares are measured against the pixel term: give it a number above 0"))
+    return found
+
+
+def wrong_scale(role: str, network: Network, scale: int) -> tuple[str, str]:
+    if has_scale(network.arch):
+        return f"{role}.scale", f"{network.scale}, but the run's scale is {scale}: leave it out"
+    return f"{role}.arch", f"{network.arch} keeps the size of an image, but the run's scale is {scale}: choose another"
+
+
+def data_contradictions(config: Config) -> list[tuple[str, str]]:
+    """A scale that is none of the task, inputs that nothing makes, sets of one name."""
+    data, found = config.data, []
+    if (config.scale == 1) != (TASKS[config.task].scale == 1):
+        needed = "give 2, 3, 4 or 8" if config.scale == 1 else "leave it out"
+        found.append(("scale", f"{config.scale} does not belong to task {config.task}: {needed}"))
+    train = None if isinstance(data.train, str) else data.train.lq
+    sets = [
+        ("data.train", train, data.degradation),
+        *(("data.val", entry.lq, entry.degradation or data.degradation) for entry in data.val),
+    ]
+    for key, lq, degradation in sets:
+        if lq is None and degradation is None:
+            found.append((key, "nothing makes the inputs: give lq, a folder of them, or data.degradation"))
+        elif lq is None and degradation is not None and config.scale > 1 and not isinstance(degradation, Bicubic):
+            found.append((key, f"{degradation.name} keeps the size of an image, but the scale is {config.scale}"))
+    names = [entry.name for entry in data.val]
+    found += [("data.val", f"two sets are called {name}") for name in sorted({n for n in names if names.count(n) > 1})]
     return found

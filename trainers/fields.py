@@ -1,10 +1,12 @@
-"""What the sections of a config are made of: the strict base class, paths, loss weights."""
+"""What the sections of a config are made of: the strict base class, paths, loss weights, spans of random numbers."""
 
 from __future__ import annotations
 
 import os
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo
 
 PHOTOS = "photos"
@@ -33,11 +35,13 @@ def _shape(value: Any) -> str:
         return "mapping"
     if isinstance(value, str):
         return "text"
+    if isinstance(value, list):
+        return "list"
     return "number" if isinstance(value, (int, float)) and not isinstance(value, bool) else "neither"
 
 
 def shape_of(expected: str) -> Discriminator:
-    """Chooses a union's member by what was written (mapping, number or text), so that one mistake gives one message."""
+    """Chooses a union's member by what was written (mapping, number, list or text), so that one mistake gives one message."""
     return Discriminator(_shape, custom_error_type="wrong_shape", custom_error_message=f"must be {expected}")
 
 
@@ -77,3 +81,30 @@ Weight = Annotated[
 ]
 
 Auto = Annotated[Literal["auto"], Tag("text")]
+
+
+def _in_order(span: float | list[float]) -> float | list[float]:
+    if isinstance(span, list) and span[0] > span[1]:
+        raise ValueError(f"the least comes first: write [{span[1]:g}, {span[0]:g}]")
+    return span
+
+
+# A fixed number, or the two ends of a uniform distribution.
+Span = Annotated[
+    Annotated[float, Tag("number")] | Annotated[list[float], Field(min_length=2, max_length=2), Tag("list")],
+    shape_of("a number or [least, most]"),
+    AfterValidator(_in_order),
+]
+
+
+def most(span: float | list[float]) -> float:
+    """The largest number that a span can give."""
+    return span[1] if isinstance(span, list) else span
+
+
+def draw(
+    span: float | list[float], random: np.random.Generator, shape: tuple[int, ...] = ()
+) -> npt.NDArray[np.float64]:
+    """Uniform numbers of the span, in an array of this shape."""
+    least = span[0] if isinstance(span, list) else span
+    return random.uniform(least, most(span), shape)

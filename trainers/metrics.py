@@ -54,9 +54,30 @@ class Protocol:
 
 def sr_y(image: Tensor, scale: int) -> Tensor:
     """Rounded to 8 bits, Y of YCbCr, `scale` pixels less on each side: (1, H - 2 * scale, W - 2 * scale)."""
-    rounded = (image.double() * 255).clamp(0, 255).round() / 255
-    return rgb_to_y(rounded)[:, scale:-scale, scale:-scale]
+    return rgb_to_y(to_8_bits(image) / 255)[:, scale:-scale, scale:-scale]
 
+
+def derain_y(image: Tensor, scale: int) -> Tensor:
+    """Rounded to 8 bits, then Y of YCbCr, rounded again: (1, H, W)."""
+    return rgb_to_y(to_8_bits(image) / 255).round()
+
+
+def rgb(image: Tensor, scale: int) -> Tensor:
+    """Rounded to 8 bits: (3, H, W)."""
+    return to_8_bits(image)
+
+
+def grey(image: Tensor, scale: int) -> Tensor:
+    """Rounded to 8 bits, the mean of the (for a grey image equal) channels: (1, H, W)."""
+    return to_8_bits(image).mean(dim=0, keepdim=True)
+
+
+def to_8_bits(image: Tensor) -> Tensor:
+    """[0, 1] -> whole numbers in 0..255, clipped, as float64."""
+    return (image.double() * 255).clamp(0, 255).round()
+
+
+RGB_TEXT = "PSNR over all values of RGB (0-255, peak 255) clipped and rounded to 8 bits, SSIM per channel and averaged, with the border"
 
 PROTOCOLS = {
     protocol.name: protocol
@@ -66,7 +87,19 @@ PROTOCOLS = {
             "PSNR and SSIM on Y of YCbCr (BT.601, 16-235, peak 255; MATLAB's rgb2ycbcr, unrounded) of RGB clipped and rounded "
             "to 8 bits, without a border of scale pixels",
             sr_y,
-        )
+        ),
+        Protocol(
+            "derain-y",
+            "PSNR and SSIM on Y of YCbCr (BT.601, 16-235, peak 255; MATLAB's rgb2ycbcr, rounded to 8 bits) of RGB clipped and "
+            "rounded to 8 bits, with the border",
+            derain_y,
+        ),
+        Protocol("denoise-rgb", RGB_TEXT, rgb),
+        Protocol(
+            "denoise-grey",
+            "PSNR and SSIM on grey (mean of the three channels, 0-255, peak 255) clipped and rounded to 8 bits, with the border",
+            grey,
+        ),
     ]
 }
 

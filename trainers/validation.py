@@ -28,7 +28,7 @@ class Validation:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.config = config
         self.device = device
-        self.sets = {entry.name: open_val_set(entry, config.scale) for entry in config.data.val}
+        self.sets = {entry.name: open_val_set(entry, config.scale, config.data) for entry in config.data.val}
 
     def __call__(self, network: Callable[[Tensor], Tensor]) -> list[dict[str, Any]]:
         """[{"set", "protocol", "psnr", "ssim", "per_image"}], in the order of the config."""

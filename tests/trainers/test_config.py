@@ -20,6 +20,7 @@ from trainers.errors import InputError
 from trainers.methods import METHODS
 from trainers.methods.facd import FACDOptions
 from trainers.methods.scratch import ScratchOptions
+from trainers.tasks import TASKS
 
 RECIPES = Path(starter.__file__).parent / "recipes"
 
@@ -73,7 +74,7 @@ train: {steps: ten, devices: []}
         "run.yaml:2:1: studnt: unknown key; did you mean student?",
         "run.yaml:3:23: student.feature: unknown key; did you mean features?",
         "run.yaml:6:3: data.batch: Input should be a valid integer, but is 2.0",
-        "run.yaml:7:23: data.train.ql: unknown key; known here: gt, lq, lq_template",
+        "run.yaml:7:23: data.train.ql: unknown key; known here: gt, lq, lq_template, exclude",
         "run.yaml:8:31: data.val.0.lqs: unknown key; did you mean lq?",
         "run.yaml:11:3: method.adaptiv: unknown key; did you mean adaptive?",
         "run.yaml:12:13: method.weights.contrast.share: is missing",
@@ -106,10 +107,27 @@ def test_the_method_block(tmp_path: Path, change: str, said: str) -> None:
         (["teacher.weights=null"], "teacher: a teacher needs trained weights"),
         (["student.scale=4"], "--set student.scale=4: student.scale: 4, but the run's scale is 2"),
         (["method.weights.pixel={share: 1}"], "method.weights.pixel: shares are measured against the pixel term"),
+        (["scale=1"], "--set scale=1: scale: 1 does not belong to task sr: give 2, 3, 4 or 8"),
+        (["task=denoise", "scale=2"], "--set scale=2: scale: 2 does not belong to task denoise: leave it out"),
+        (["data.degradation={name: noise}"], "data.train: noise keeps the size of an image, but the scale is 2"),
+        (
+            ["data.degradation=null"],
+            "data.val: nothing makes the inputs: give lq, a folder of them, or data.degradation",
+        ),
+        (["data.degradation={name: nois}"], "data.degradation.name: there is no nois; did you mean noise?"),
+        (
+            ["task=denoise", "data.degradation={name: noise, sigma: [50, 0]}"],
+            "data.degradation.sigma: Value error, the least comes first: write [0, 50]",
+        ),
+        (
+            ["task=denoise", "data.degradation={name: noise, sigma: high}"],
+            "data.degradation.sigma: must be a number or [least, most], but is 'high'",
+        ),
+        (["task=denose"], "--set task=denose: task: Input should be 'sr', 'denoise'"),
         (["train.step=10"], "--set train.step=10: train.step: unknown key; did you mean steps?"),
         (["train.lr=fast"], "--set train.lr=fast: train.lr: Input should be a valid number"),
         (["train.ema=1"], "--set train.ema=1: train.ema: Input should be less than 1"),
-        (["scale=5"], "--set scale=5: scale: Input should be 2, 3, 4 or 8"),
+        (["scale=5"], "--set scale=5: scale: Input should be 1, 2, 3, 4 or 8"),
         (["train.lr=${nowhere}"], "nowhere"),
         (["train.steps"], "--set train.steps: write it as --set key.of.the.config=value"),
         (["name.first=x"], "--set name.first=x: "),
@@ -143,6 +161,20 @@ def test_another_method_drops_the_old_keys_and_says_so(tmp_path: Path) -> None:
     assert isinstance(reading.config.method, ScratchOptions)
     assert reading.config.method.weights.pixel == 1.0
     assert reading.notes == ["method scratch has no adaptive, weights.contrast: dropped from the file's method block"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_task_fills_in_what_is_not_given(tmp_path: Path, task: str) -> None:
+    config = load_config(write(tmp_path, GOOD), [f"task={task}"])
+    expected = TASKS[task]
+    assert (config.scale, config.val.protocol, config.data.degradation) == (
+        expected.scale,
+        expected.protocol,
+        expected.degradation,
+    )
+    assert config.student.scale == config.scale
+    given = load_config(write(tmp_path, GOOD), [f"task={task}", "val.protocol=derain-y"])
+    assert given.val.protocol == "derain-y"
 
 
 @pytest.mark.parametrize(

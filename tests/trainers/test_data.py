@@ -217,7 +217,9 @@ def test_the_cache_is_bounded_and_drops_the_least_recently_used(
     one = 3 * (8 * 8 + 16 * 16)
     pairs = Pairs(files, 2, cache_bytes=2 * one)
     read: list[str] = []
-    monkeypatch.setattr("trainers.data.pairs.read_image", lambda path: (read.append(path.stem), read_image(path))[1])
+    monkeypatch.setattr(
+        "trainers.data.pairs.read_image", lambda path, **how: (read.append(path.stem), read_image(path, **how))[1]
+    )
     for index in (0, 1, 0, 2, 0, 1):
         pairs[index]
     assert read[::2] == ["0", "1", "2", "1"]  # ground truths; inputs follow them

@@ -99,6 +99,27 @@ def test_sr_y_rounds_clips_and_leaves_the_border_out() -> None:
     assert SR_Y.measure(framed, gt8, 1)["psnr"] < 30
 
 
+def test_derain_y_in_numpy() -> None:
+    """8 bits, 8-bit luma, no border left out."""
+    restored, gt = images()
+    weights = np.array([65.481, 128.553, 24.966])
+    pixels = (np.round(np.clip(image.numpy().astype(np.float64) * 255, 0, 255)) / 255 for image in (restored, gt))
+    x, y = (np.round(16 + np.tensordot(weights, image, axes=1)) for image in pixels)
+    measured = PROTOCOLS["derain-y"].measure(restored, gt, 1)
+    assert measured["psnr"] == pytest.approx(10 * np.log10(255**2 / np.mean((x - y) ** 2)), abs=1e-9)
+    assert measured["ssim"] == pytest.approx(ssim(torch.from_numpy(x)[None], torch.from_numpy(y)[None]).item())
+
+
+def test_rgb_and_grey_in_numpy() -> None:
+    restored, gt = images()
+    x, y = (np.round(np.clip(image.numpy().astype(np.float64) * 255, 0, 255)) for image in (restored, gt))
+    colour = PROTOCOLS["denoise-rgb"].measure(restored, gt, 1)
+    assert colour["psnr"] == pytest.approx(10 * np.log10(255**2 / np.mean((x - y) ** 2)), abs=1e-9)
+    assert colour["ssim"] == pytest.approx(ssim(torch.from_numpy(x), torch.from_numpy(y)).item())
+    one_channel = PROTOCOLS["denoise-grey"].measure(restored[:1].expand(3, -1, -1), gt[:1].expand(3, -1, -1), 1)
+    assert one_channel["psnr"] == pytest.approx(10 * np.log10(255**2 / np.mean((x[0] - y[0]) ** 2)), abs=1e-9)
+
+
 def test_half_precision_images_are_measured_in_float64() -> None:
     restored, gt = images()
     half = restored.bfloat16()
@@ -108,7 +129,7 @@ def test_half_precision_images_are_measured_in_float64() -> None:
 def test_describe_says_everything() -> None:
     for name, protocol in PROTOCOLS.items():
         assert protocol.name == name
-        for word in (name, "PSNR", "SSIM", "rounded", "border", "16-235"):
+        for word in (name, "PSNR", "SSIM", "rounded", "border", "peak 255"):
             assert word in protocol.describe()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,42 +19,68 @@ class PairFiles:
     """The files of one ground truth and its degraded input."""
 
     name: str
-    """File name of the ground truth without its extension."""
+    """File name of the ground truth without its extension; of the input, where a ground truth has several."""
     gt: Path
     """The ground truth."""
     lq: Path | None
-    """The input. None: the input is made from the ground truth by bicubic downscaling."""
+    """The input. None: a degradation makes it from the ground truth."""
 
 
-def match_folders(gt: Path, lq: Path | None, lq_template: str = "{}") -> tuple[list[PairFiles], list[str]]:
+def match_folders(
+    gt: Path, lq: Path | None, lq_template: str = "{}", exclude: Sequence[str] = ()
+) -> tuple[list[PairFiles], list[str]]:
     """The pairs in two folders, sorted by name, and what is wrong with the other files.
 
-    In `lq_template`, {} stands for the ground truth's name.
+    In `lq_template`, {} stands for the ground truth's name and * for anything: {}_* finds several inputs of one ground truth.
+    `exclude` holds names of ground truths that are left out, with their inputs.
     """
     if lq is not None and "{}" not in lq_template:
         return [], [f"lq_template {lq_template!r} has no {{}} where the ground truth's name goes: write e.g. '{{}}x2'"]
     ground_truths, problems = list_images(gt)
+    problems += [
+        f"exclude: {name} is the name of no image in {gt}; remove it from the list"
+        for name in exclude
+        if name not in ground_truths and ground_truths
+    ]
     if lq is None:
-        return [PairFiles(name, path, None) for name, path in ground_truths.items()], problems
+        return [PairFiles(name, path, None) for name, path in ground_truths.items() if name not in exclude], problems
     inputs, input_problems = list_images(lq)
     problems += input_problems
     if not (ground_truths and inputs):
         return [], problems
-    partner = {name: lq_template.replace("{}", name) for name in ground_truths}
+    owners = {name: owner_of(name, ground_truths, lq_template) for name in inputs}
+    partnered = set(owners.values())
     hint = f"or set lq_template (now {lq_template!r})"
     problems += [
-        f"{path}: has no input {partner[name]}.* in {lq}; add it, remove this one, {hint}"
+        f"{path}: has no input {lq_template.replace('{}', name)}.* in {lq}; add it, remove this one, {hint}"
         for name, path in ground_truths.items()
-        if partner[name] not in inputs
+        if name not in partnered and name not in exclude
     ]
-    taken = set(partner.values())
     problems += [
         f"{path}: belongs to no ground truth in {gt}; remove it, {hint}"
         for name, path in inputs.items()
-        if name not in taken
+        if owners[name] is None
     ]
-    pairs = [PairFiles(name, path, inputs.get(partner[name])) for name, path in ground_truths.items()]
-    return [pair for pair in pairs if pair.lq], problems
+    pairs = [
+        PairFiles(name if "*" in lq_template else owner, ground_truths[owner], inputs[name])
+        for name, owner in owners.items()
+        if owner is not None and owner not in exclude
+    ]
+    return sorted(pairs, key=lambda pair: (pair.gt, pair.name)), problems
+
+
+def owner_of(name: str, ground_truths: Collection[str], lq_template: str) -> str | None:
+    """The ground truth to which the input `name` belongs; the longest name where several fit."""
+    before, after = lq_template.split("{}", 1)
+    if "*" not in lq_template:
+        owner = name[len(before) : len(name) - len(after)]
+        return owner if owner in ground_truths and before + owner + after == name else None
+    starts = range(len(name)) if "*" in before else [len(before)]
+    parts = {name[start:stop] for start in starts for stop in range(start + 1, len(name) + 1)}
+    fitting = [
+        part for part in parts if part in ground_truths and fnmatchcase(name, lq_template.replace("{}", escape(part)))
+    ]
+    return max(fitting, key=len, default=None)
 
 
 def list_images(folder: Path) -> tuple[dict[str, Path], list[str]]:

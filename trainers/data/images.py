@@ -1,4 +1,4 @@
-"""Image files <-> tensors. An image is RGB, (3, H, W): uint8 as in the file, or float32 in [0, 1]."""
+"""Image files <-> tensors. An image is RGB, (3, H, W), or grey, (1, H, W): uint8 as in the file, or float32 in [0, 1]."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 DAMAGED = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def read_image(path: Path) -> Tensor:
-    """The image as uint8 (3, H, W).
+def read_image(path: Path, *, grey: bool = False) -> Tensor:
+    """The image as uint8, (3, H, W), or (1, H, W) if `grey`: the luma 0.299 R + 0.587 G + 0.114 B, rounded.
 
-    Grey becomes RGB with equal channels; the EXIF orientation is applied; an opaque alpha channel is dropped.
+    Grey files become RGB with equal channels; the EXIF orientation is applied; an opaque alpha channel is dropped.
     InputError for what cannot be read without loss: 16 bits, CMYK, transparency, several pages; and for damaged files.
     """
     try:
         with Image.open(path) as image:
             refuse_lossy(path, image)
-            rgb = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            pixels = np.array(upright.convert("L"))[..., None] if grey else np.array(upright)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except DAMAGED as error:
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
-    return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def stored_size(path: Path) -> tuple[int, int]:

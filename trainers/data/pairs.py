@@ -1,4 +1,4 @@
-"""Pairs of images in memory: read and downscaled when first asked for, kept while there is room."""
+"""Pairs of images in memory: read and prepared when first asked for, kept while there is room."""
 
 from __future__ import annotations
 
@@ -7,25 +7,35 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from trainers.data.degradations import Bicubic, Degradation
 from trainers.data.folders import PairFiles, wrong_scale
 from trainers.data.images import read_image
-from trainers.data.resize import imresize
 from trainers.errors import InputError
 
 CACHE_BYTES = 1 << 30  # per process, so each loader worker may use as much
 
 
 class Pairs:
-    """`pairs[i]` is (lq (3, h, w), gt (3, scale * h, scale * w)), both uint8.
+    """`pairs[i]` is (lq (C, h, w), gt (C, scale * h, scale * w)), both uint8, C = 3, or 1 if `grey`.
 
-    The ground truth is cropped at the bottom and right to a multiple of the scale. Without an input file, lq is MATLAB's
-    bicubic downscaling of the whole ground truth, rounded to 8 bits as a file would be. For many large images that do not
-    fit the cache, prepare a folder of inputs: downscaling costs more than reading.
+    The ground truth is cropped at the bottom and right to a multiple of the scale. Without an input file, lq is what the
+    degradation prepares from the whole ground truth (bicubic: the downscaled image). For many large images that do not fit
+    the cache, prepare a folder of inputs: downscaling costs more than reading.
     """
 
-    def __init__(self, files: Sequence[PairFiles], scale: int, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        files: Sequence[PairFiles],
+        scale: int,
+        degradation: Degradation | None = None,
+        *,
+        grey: bool = False,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
         self.files = list(files)
         self.scale = scale
+        self.degradation = degradation or Bicubic()
+        self.grey = grey
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()  # the least recently used first
         self._cached_bytes = 0
@@ -46,12 +56,12 @@ class Pairs:
         return pair
 
     def _load(self, files: PairFiles) -> tuple[Tensor, Tensor]:
-        gt = read_image(files.gt)
+        gt = read_image(files.gt, grey=self.grey)
         height, width = (side // self.scale * self.scale for side in gt.shape[1:])
         cropped = gt[:, :height, :width].contiguous()
         if files.lq is None:
-            return imresize(cropped, 1 / self.scale), cropped
-        lq = read_image(files.lq)
+            return self.degradation.prepare(cropped, self.scale), cropped
+        lq = read_image(files.lq, grey=self.grey)
         problems = wrong_scale(files, gt.shape[1:], lq.shape[1:], self.scale)
         if problems:
             raise InputError(problems)
@@ -59,4 +69,5 @@ class Pairs:
 
 
 def nbytes(pair: tuple[Tensor, Tensor]) -> int:
-    return sum(image.nbytes for image in pair)
+    lq, gt = pair
+    return gt.nbytes if lq is gt else lq.nbytes + gt.nbytes

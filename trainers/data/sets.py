@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from trainers.data.degradations import Degradation
 from trainers.data.folders import LeastSide, PairFiles, image_problems, match_folders, too_small
 from trainers.data.images import stored_size, to_float
 from trainers.data.pairs import Pairs
@@ -32,12 +33,25 @@ class TrainSet:
     The samples of a run are numbered: number = step * batch + index. Consecutive numbers walk through epochs; an epoch is
     a shuffled list, without replacement, in which each image stands once per patch area that it has (rounded, at least
     once), so that every part of every photograph is equally likely. Position in the image and one of the eight flips and
-    rotations are drawn for each sample. All of it is computed from (seed, step, index) alone: any rank or worker, in any
-    order, before or after a resume, makes the same sample.
+    rotations are drawn for each sample, and so is what the degradation leaves to chance. All of it is computed from (seed,
+    step, index) alone: any rank or worker, in any order, before or after a resume, makes the same sample.
     """
 
-    def __init__(self, files: Sequence[PairFiles], scale: int, patch: int, batch: int) -> None:
-        """`patch` is the side of the ground-truth patch in pixels; InputError for images smaller than that."""
+    def __init__(
+        self,
+        files: Sequence[PairFiles],
+        scale: int,
+        patch: int,
+        batch: int,
+        degradation: Degradation | None = None,
+        *,
+        grey: bool = False,
+    ) -> None:
+        """`patch` is the side of the ground-truth patch in pixels; InputError for images smaller than that.
+
+        `degradation` makes the inputs of pairs without an input file (None: bicubic downscaling). `grey` images have three
+        equal channels, degraded alike.
+        """
         if patch % scale:
             raise InputError(f"data.patch: {patch} is not a multiple of the scale {scale}")
         sizes = [stored_size(pair.gt) for pair in files]
@@ -45,7 +59,7 @@ class TrainSet:
         problems = [text for pair, size in zip(files, sizes, strict=True) for text in too_small(pair.gt, size, least)]
         if problems:
             raise InputError(problems)
-        self.pairs = Pairs(files, scale)
+        self.pairs = Pairs(files, scale, degradation, grey=grey)
         self.scale = scale
         self.patch = patch
         self.batch = batch
@@ -59,29 +73,60 @@ class TrainSet:
 
     def samples(self, seed: int, step: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Several samples of a step: lq (n, 3, patch / scale, patch / scale), gt (n, 3, patch, patch), float32 in [0, 1]."""
-        patches = [self._cut(seed, step, index) for index in indices]
-        lq, gt = (torch.from_numpy(np.stack(images)) for images in zip(*patches, strict=True))
-        return to_float(lq), to_float(gt)
+        made = [self._sample(seed, step, index) for index in indices]
+        lq, gt = (torch.stack(images) for images in zip(*made, strict=True))
+        return lq, gt
 
-    def _cut(self, seed: int, step: int, index: int) -> tuple[Pixels, Pixels]:
-        """Views into the whole images: the patch of the input, and the same place of the ground truth."""
+    def _sample(self, seed: int, step: int, index: int) -> tuple[Tensor, Tensor]:
+        """A patch of the input, and the same place of the ground truth."""
         epoch, place = divmod(step * self.batch + index, len(self._epoch))
         image = self._epoch[shuffled(seed, epoch, len(self._epoch))[place]]
         lq, gt = (pixels.numpy() for pixels in self.pairs[int(image)])
+        degradation = self.pairs.degradation if self.pairs.files[image].lq is None else None
+        margin = degradation.margin() if degradation else 0
         down, right, symmetry = random_words("sample", seed, step, index)
         side = self.patch // self.scale
         top, left = down % (lq.shape[1] - side + 1), right % (lq.shape[2] - side + 1)
-        return cut(lq, top, left, side, symmetry), cut(gt, top * self.scale, left * self.scale, self.patch, symmetry)
+        lq = cut(lq, top - margin, left - margin, side + 2 * margin, symmetry)
+        gt = cut(gt, top * self.scale, left * self.scale, self.patch, symmetry)
+        made = as_sample(lq)
+        if degradation:
+            made = degradation.degrade(made, generator("degrade", seed, step, index))
+        return made.expand(3, -1, -1), as_sample(gt).expand(3, -1, -1)
+
+
+def as_sample(pixels: Pixels) -> Tensor:
+    """uint8 of any strides -> float32 in [0, 1]."""
+    return to_float(torch.from_numpy(np.ascontiguousarray(pixels)))
 
 
 def cut(image: Pixels, top: int, left: int, side: int, symmetry: int) -> Pixels:
-    """A square (3, side, side) of the image, in one of the eight orientations of a square."""
-    square = image[:, top : top + side, left : left + side]
+    """A square (C, side, side) of the image, mirrored beyond its border, in one of the eight orientations of a square."""
+    square = window(image, top, left, side, side)
     if symmetry & 1:
         square = square[:, ::-1]
     if symmetry & 2:
         square = square[:, :, ::-1]
     return square.transpose(0, 2, 1) if symmetry & 4 else square
+
+
+def window(image: Pixels, top: int, left: int, height: int, width: int) -> Pixels:
+    """A rectangle (C, height, width): a view where it lies inside the image, beyond the border the image is mirrored."""
+    if top >= 0 and left >= 0 and top + height <= image.shape[1] and left + width <= image.shape[2]:
+        return image[:, top : top + height, left : left + width]
+    rows, columns = mirrored(top, height, image.shape[1]), mirrored(left, width, image.shape[2])
+    return image[:, rows[:, None], columns]
+
+
+def mirrored(start: int, count: int, size: int) -> npt.NDArray[np.int64]:
+    """`count` indices from `start` on; those beyond 0 .. size - 1 are mirrored, the edge repeated."""
+    index = np.arange(start, start + count) % (2 * size)
+    return np.minimum(index, 2 * size - 1 - index)
+
+
+def generator(purpose: str, *key: int) -> np.random.Generator:
+    """A generator that depends on nothing but the purpose and the key."""
+    return np.random.Generator(np.random.PCG64(random_words(purpose, *key)))
 
 
 def random_words(purpose: str, *key: int) -> tuple[int, int, int]:
@@ -108,17 +153,25 @@ class ValPair(NamedTuple):
 
 
 class ValPairs:
-    """The pairs of a validation set, read when asked for."""
+    """The pairs of a validation set, read when asked for. What a degradation leaves to chance depends on the image's name alone."""
 
-    def __init__(self, files: Sequence[PairFiles], scale: int) -> None:
-        self.pairs = Pairs(files, scale)
+    def __init__(
+        self, files: Sequence[PairFiles], scale: int, degradation: Degradation | None = None, *, grey: bool = False
+    ) -> None:
+        self.pairs = Pairs(files, scale, degradation, grey=grey)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> ValPair:
         lq, gt = self.pairs[index]
-        return ValPair(self.pairs.files[index].name, to_float(lq), to_float(gt))
+        files, degradation = self.pairs.files[index], self.pairs.degradation
+        made = to_float(lq)
+        if files.lq is None:
+            margin = degradation.margin()
+            wide = window(lq.numpy(), -margin, -margin, lq.shape[1] + 2 * margin, lq.shape[2] + 2 * margin)
+            made = degradation.degrade(as_sample(wide), generator(f"evaluate {files.name}"))
+        return ValPair(files.name, made.expand(3, -1, -1), to_float(gt).expand(3, -1, -1))
 
     def __iter__(self) -> Iterator[ValPair]:
         return (self[index] for index in range(len(self)))
@@ -126,12 +179,16 @@ class ValPairs:
 
 def open_train_set(data: Data, scale: int, patch: int) -> TrainSet:
     """The images of `data.train` in patches of `patch` pixels; InputError for unpaired files and images that are too small."""
-    return TrainSet(complete(*train_files(data)), scale, patch, data.batch)
+    return TrainSet(complete(*train_files(data)), scale, patch, data.batch, data.degradation, grey=data.grey)
 
 
-def open_val_set(entry: ValSet, scale: int) -> ValPairs:
-    """The pairs of a validation set; InputError for unpaired files."""
-    return ValPairs(complete(*val_files(entry)), scale)
+def open_val_set(entry: ValSet, scale: int, data: Data | None = None) -> ValPairs:
+    """The pairs of a validation set; InputError for unpaired files.
+
+    Inputs are made by its own degradation, by that of `data`, or by bicubic downscaling.
+    """
+    degradation = entry.degradation or (data.degradation if data else None)
+    return ValPairs(complete(*val_files(entry)), scale, degradation, grey=data is not None and data.grey)
 
 
 def train_problems(data: Data, scale: int, patch: int) -> list[str]:
@@ -150,7 +207,7 @@ def val_problems(entry: ValSet, scale: int) -> list[str]:
 def train_files(data: Data) -> tuple[list[PairFiles], list[str]]:
     if isinstance(data.train, str):
         return match_photos(TRAIN_PHOTOS)
-    return match_folders(*folders(data.train))
+    return match_folders(*folders(data.train), exclude=data.train.exclude)
 
 
 def val_files(entry: ValSet) -> tuple[list[PairFiles], list[str]]:

@@ -26,7 +26,7 @@ DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB mean of DIV2K's training images, pi
 class EDSROptions(NetworkOptions):
     """Size of an EDSR."""
 
-    scale: Literal[2, 3, 4, 8] = Field(2, description="Upsampling factor.")
+    scale: Literal[1, 2, 3, 4, 8] = Field(2, description="Upsampling factor; 1 leaves the upsampler out.")
     features: int = Field(64, ge=1, description="Channels of the body.")
     blocks: int = Field(16, ge=1, description="Residual blocks.")
     res_scale: float = Field(
@@ -99,7 +99,7 @@ def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 def upsampler(scale: int, features: int) -> nn.Sequential:
-    """Convolution and pixel shuffle: once for 3, log2(scale) times by 2 for the others."""
+    """Convolution and pixel shuffle: once for 3, log2(scale) times by 2 for the others (so none for 1)."""
     factors = [3] if scale == 3 else [2] * (scale.bit_length() - 1)
     layers: list[nn.Module] = []
     for factor in factors:
@@ -112,17 +112,17 @@ def options_from_state_dict(state_dict: Mapping[str, Tensor]) -> EDSROptions:
 
     Weights do not tell res_scale; it is taken as in the paper: 0.1 from 256 features on, 1.0 below.
     """
-    needed = ["head.0.weight", "tail.0.0.weight", "tail.1.weight", "sub_mean.bias"]
+    needed = ["head.0.weight", "tail.1.weight", "sub_mean.bias"]
     missing = [key for key in needed if key not in state_dict]
     if missing:
         raise ValueError(f"not an EDSR state dict: it lacks {', '.join(missing)}")
     features = state_dict["head.0.weight"].shape[0]
     blocks = sum(key.startswith("body.") and key.endswith(".body.0.weight") for key in state_dict)
     shuffles = sum(key.startswith("tail.0.") and key.endswith(".weight") for key in state_dict)
-    first_factor_squared = state_dict["tail.0.0.weight"].shape[0] // features
+    by_three = shuffles == 1 and state_dict["tail.0.0.weight"].shape[0] == 9 * features
     return EDSROptions.model_validate(
         {
-            "scale": 3 if first_factor_squared == 9 else 2**shuffles,
+            "scale": 3 if by_three else 2**shuffles,
             "features": features,
             "blocks": blocks,
             "res_scale": 0.1 if features >= 256 else 1.0,

@@ -1,0 +1,282 @@
+"""trainers.data.degradations: their statistics, and that they are functions of (seed, step, index) or of the image's name."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from tests.trainers.tiny import write_images
+from trainers.config import Data, TrainFolders, ValSet
+from trainers.data.degradations import AnyDegradation, Bicubic, Noise, Rain
+from trainers.data.degradations.rain import splat
+from trainers.data.images import to_uint8, write_png
+from trainers.data.resize import imresize
+from trainers.data.sets import TrainSet, open_train_set, open_val_set
+from trainers.errors import InputError
+
+Image = npt.NDArray[np.float32]
+
+RANDOM_ONES: list[AnyDegradation] = [Noise(), Noise(sigma=[0.0, 50.0]), Rain()]
+
+
+def random(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def opened(folder: Path, degradation: AnyDegradation, *, grey: bool = False) -> TrainSet:
+    if not (folder / "gt").is_dir():
+        write_images(folder / "gt", 2, (64, 72))
+    data = Data(train=TrainFolders(gt=f"{folder}/gt"), degradation=degradation, grey=grey, patch=32, batch=4)
+    return open_train_set(data, 1, 32)
+
+
+# --- samples ---
+
+
+@pytest.mark.parametrize("degradation", RANDOM_ONES, ids=repr)
+def test_an_input_is_a_function_of_seed_step_and_index(tmp_path: Path, degradation: AnyDegradation) -> None:
+    first, second = (opened(tmp_path, degradation) for _ in range(2))
+    keys = [(seed, step, index) for seed in (0, 7) for step in (0, 1) for index in range(4)]
+    expected = {key: first.sample(*key) for key in keys}
+    for key in reversed(keys):
+        for mine, other in zip(second.sample(*key), expected[key], strict=True):
+            assert torch.equal(mine, other)
+    residuals = {(lq - gt).numpy().tobytes() for lq, gt in expected.values()}
+    assert len(residuals) == len(keys)
+    lq, gt = first.samples(7, 1, [2, 3])
+    assert torch.equal(lq[0], expected[7, 1, 2][0])
+    assert torch.equal(gt[1], expected[7, 1, 3][1])
+
+
+def test_the_ground_truth_does_not_depend_on_the_degradation(tmp_path: Path) -> None:
+    """Methods and degradations are compared on the same patches."""
+    noisy, rainy = opened(tmp_path, Noise()), opened(tmp_path, Rain())
+    for step in range(5):
+        assert torch.equal(noisy.sample(0, step, 1)[1], rainy.sample(0, step, 1)[1])
+
+
+@pytest.mark.parametrize("degradation", RANDOM_ONES, ids=repr)
+def test_an_evaluated_input_is_a_function_of_the_image_name(tmp_path: Path, degradation: AnyDegradation) -> None:
+    write_images(tmp_path / "gt", 3)
+    found = {
+        pair.name: pair for pair in open_val_set(ValSet(name="a", gt=f"{tmp_path}/gt", degradation=degradation), 1)
+    }
+    (tmp_path / "gt" / "image0.png").unlink()
+    fewer = open_val_set(ValSet(name="b", gt=f"{tmp_path}/gt"), 1, Data(degradation=degradation))
+    assert [pair.name for pair in fewer] == ["image1", "image2"]
+    for pair in fewer:
+        assert torch.equal(pair.lq, found[pair.name].lq)
+    residuals = {(pair.lq - pair.gt).numpy().tobytes() for pair in found.values()}
+    assert len(residuals) == 3
+
+
+def test_inputs_from_a_folder_are_left_as_they_are(tmp_path: Path) -> None:
+    for folder in ("gt", "lq"):
+        write_images(tmp_path / folder, 1, seed=len(folder))
+        (tmp_path / folder / "image0.png").rename(tmp_path / folder / "a.png")
+    entry = ValSet(name="a", gt=f"{tmp_path}/gt", lq=f"{tmp_path}/gt", degradation=Noise())
+    [pair] = open_val_set(entry, 1)
+    assert torch.equal(pair.lq, pair.gt)
+
+
+# --- noise ---
+
+
+@pytest.mark.parametrize("sigma", [0.0, 15.0, 50.0])
+def test_noise_has_its_standard_deviation(sigma: float) -> None:
+    image = torch.full((3, 200, 200), 0.5)
+    noise = (Noise(sigma=sigma).degrade(image, random()) - image).double() * 255
+    count = noise.numel()
+    assert abs(noise.mean().item()) <= 4 * sigma / math.sqrt(count)
+    assert noise.std().item() == pytest.approx(sigma, rel=4 / math.sqrt(2 * count), abs=1e-12)
+    if sigma:
+        standard = noise / sigma
+        assert standard.pow(4).mean().item() == pytest.approx(
+            3, abs=4 * math.sqrt(96 / count)
+        )  # a Gaussian's fourth moment
+        for shifted in (
+            standard.roll(1, 0),
+            standard.roll(1, 1),
+            standard.roll(1, 2),
+        ):  # white, in space and over channels
+            assert abs((standard * shifted).mean().item()) < 4 / math.sqrt(count)
+
+
+def test_noise_is_not_clipped() -> None:
+    white = torch.ones(3, 50, 50)
+    assert Noise(sigma=25.0).degrade(white, random()).max() > 1.1
+
+
+def test_a_range_of_sigma_is_drawn_evenly() -> None:
+    image = torch.zeros(1, 40, 40)
+    sigmas = torch.tensor([Noise(sigma=[10.0, 50.0]).degrade(image, random(seed)).std() * 255 for seed in range(300)])
+    assert 9 < sigmas.min() < 12
+    assert 48 < sigmas.max() < 53
+    assert sigmas.mean().item() == pytest.approx(30, abs=4 * 40 / math.sqrt(12 * 300))
+
+
+# --- rain ---
+
+STEADY = {"density": 3.0, "length": 20.0, "width": 1.5, "angle": 10.0, "brightness": 0.4}
+
+
+def rain(**changed: float | list[float]) -> Rain:
+    return Rain.model_validate({**STEADY, **changed})
+
+
+def test_rain_has_its_density_everywhere() -> None:
+    """The mean of the streaks is density / 1000 * 2/3 * length * width * brightness, at the border as in the middle."""
+    many = np.mean([rain().streaks(60, 80, random(seed)) for seed in range(400)], axis=0)
+    expected = 3 / 1000 * 2 / 3 * 20 * 1.5 * 0.4
+    assert many.mean() == pytest.approx(expected, rel=0.02)
+    for edge in (many[:4], many[-4:], many[:, :4], many[:, -4:]):
+        assert edge.mean() == pytest.approx(expected, rel=0.08)
+
+
+def test_the_number_of_streaks_is_drawn_for_each_sample() -> None:
+    wide = [rain(density=[1.0, 9.0]).streaks(100, 100, random(seed)).mean() for seed in range(200)]
+    steady = [rain(density=5.0).streaks(100, 100, random(seed)).mean() for seed in range(200)]
+    assert np.mean(wide) == pytest.approx(np.mean(steady), rel=0.1)
+    assert np.std(wide) > 2 * np.std(steady)
+
+
+def single_streaks(degradation: Rain, mass: float) -> list[Image]:
+    """Rain of one streak that lies whole inside the image, known by its mass."""
+    found = []
+    for seed in range(150):
+        streaks = degradation.streaks(100, 100, random(seed))
+        touches = any(edge.any() for edge in (streaks[0], streaks[-1], streaks[:, 0], streaks[:, -1]))
+        if not touches and 0 < streaks.sum() < 1.5 * mass:
+            found.append(streaks)
+    assert len(found) > 15
+    return found
+
+
+@pytest.mark.parametrize("angle", [-40.0, 0.0, 25.0])
+def test_streaks_lie_along_their_angle(angle: float) -> None:
+    """Positive angles lean from top left to bottom right. From the moments of a streak."""
+    slanted = rain(angle=angle, spread=0.0, density=0.02)
+    for streak in single_streaks(slanted, 2 / 3 * 20 * 1.5 * 0.4):
+        rows, columns = (axis - (axis * streak).sum() / streak.sum() for axis in np.mgrid[0:100, 0:100])
+        rr, cc, rc = ((moment * streak).sum() for moment in (rows**2, columns**2, rows * columns))
+        assert np.rad2deg(0.5 * np.arctan2(2 * rc, rr - cc)) == pytest.approx(angle, abs=2)
+
+
+@pytest.mark.parametrize(("length", "width", "brightness"), [(12.0, 1.0, 0.5), (31.0, 2.5, 0.3)])
+def test_one_streak_has_its_length_width_and_brightness(length: float, width: float, brightness: float) -> None:
+    upright = rain(length=length, width=width, brightness=brightness, angle=0.0, spread=0.0, density=0.02)
+    mass = 2 / 3 * length * width * brightness
+    for streak in single_streaks(upright, mass):
+        assert streak.sum() == pytest.approx(mass, rel=0.02)
+        assert len(np.flatnonzero(streak.any(axis=1))) == pytest.approx(length, abs=2)
+        assert streak.sum(axis=1).max() == pytest.approx(width * brightness, rel=0.02)
+        assert len(np.flatnonzero(streak.any(axis=0))) == pytest.approx(width, abs=2.1)
+
+
+def test_rain_brightens_all_channels_alike_and_looks_like_a_file() -> None:
+    image = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.3
+    image = (image * 255).round() / 255
+    rainy = Rain().degrade(image, random())
+    added = rainy - image
+    assert added.min() >= 0
+    assert rainy.max() <= 1
+    torch.testing.assert_close((rainy * 255).round(), rainy * 255, atol=1e-4, rtol=0)
+    unclipped = (rainy < 1).all(dim=0)
+    torch.testing.assert_close(added[0][unclipped], added[2][unclipped], atol=1.01 / 255, rtol=0)
+    assert rainy.dtype == torch.float32
+
+
+def test_no_rain_changes_nothing() -> None:
+    image = torch.rand(3, 20, 20).mul(255).round() / 255
+    torch.testing.assert_close(rain(density=0.0).degrade(image, random()), image, atol=1e-6, rtol=0)
+
+
+def test_splat_keeps_mass_and_place() -> None:
+    image = splat(np.array([1.25]), np.array([2.0]), np.array([4.0]), 4, 5)
+    assert image[1, 2] == 3
+    assert image[2, 2] == 1
+    assert image.sum() == 4
+    assert splat(np.array([-0.5]), np.array([0.0]), np.array([1.0]), 2, 2)[0, 0] == 0.5  # the other half falls outside
+
+
+# --- bicubic ---
+
+
+@pytest.mark.parametrize("border", ["symmetric", "replicate"])
+def test_bicubic_uses_its_border(tmp_path: Path, border: str) -> None:
+    write_images(tmp_path / "gt", 1)
+    degradation = Bicubic.model_validate({"border": border})
+    [pair] = open_val_set(ValSet(name="a", gt=f"{tmp_path}/gt", degradation=degradation), 2)
+    assert torch.equal(to_uint8(pair.lq), imresize(to_uint8(pair.gt), 0.5, border=degradation.border))
+
+
+@pytest.mark.parametrize(("dataset", "scale"), [("set14", 4), ("b100", 4)])
+def test_replicate_gives_the_shipped_inputs(shared_data: Path, dataset: str, scale: int) -> None:
+    folder = shared_data / dataset
+    shipped = ValSet(name="a", gt=f"{folder}/HR", lq=f"{folder}/LR_bicubic/X{scale}", lq_template=f"{{}}x{scale}")
+    made = ValSet(name="b", gt=f"{folder}/HR", degradation=Bicubic(border="replicate"))
+    pairs = zip(open_val_set(shipped, scale), open_val_set(made, scale), strict=True)
+    assert all(torch.equal(one.lq, two.lq) for one, two in itertools.islice(pairs, 4))
+
+
+# --- grey ---
+
+
+@pytest.mark.parametrize("degradation", RANDOM_ONES, ids=repr)
+def test_grey_images_are_degraded_alike_in_all_channels(tmp_path: Path, degradation: AnyDegradation) -> None:
+    lq, gt = opened(tmp_path, degradation, grey=True).sample(0, 0, 0)
+    assert lq.shape == gt.shape == (3, 32, 32)
+    for image in (lq, gt):
+        assert torch.equal(image[0], image[1])
+        assert torch.equal(image[0], image[2])
+    assert not torch.equal(lq, gt)
+
+
+def test_grey_is_the_luma(tmp_path: Path) -> None:
+    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [200, 200, 200]], dtype=torch.uint8)
+    write_png(tmp_path / "gt" / "a.png", colours.T.reshape(3, 1, 4).repeat(1, 12, 3).contiguous())
+    [pair] = open_val_set(ValSet(name="a", gt=f"{tmp_path}/gt"), 1, Data(degradation=Noise(sigma=0.0), grey=True))
+    assert (pair.gt[:, 0, :4] * 255).round().tolist() == [[76, 150, 29, 200]] * 3
+
+
+# --- excluded and several inputs ---
+
+
+def test_excluded_images_are_left_out(tmp_path: Path) -> None:
+    write_images(tmp_path / "gt", 4)
+    data = Data(train=TrainFolders(gt=f"{tmp_path}/gt", exclude=["image1", "image3"]), patch=16, batch=1)
+    assert [pair.name for pair in open_train_set(data, 2, 16).pairs.files] == ["image0", "image2"]
+    wrong = data.model_copy(update={"train": TrainFolders(gt=f"{tmp_path}/gt", exclude=["image7"])})
+    with pytest.raises(InputError, match="exclude: image7 is the name of no image"):
+        open_train_set(wrong, 2, 16)
+
+
+def image_of(value: int) -> Tensor:
+    return torch.full((3, 16, 16), value, dtype=torch.uint8)
+
+
+def test_several_inputs_of_one_ground_truth(tmp_path: Path) -> None:
+    for value, name in enumerate(["1", "10", "1_0"]):
+        write_png(tmp_path / "gt" / f"{name}.png", image_of(value))
+        for number in range(2):
+            write_png(tmp_path / "lq" / f"{name}_r{number}.png", image_of(value))
+    entry = ValSet(name="a", gt=f"{tmp_path}/gt", lq=f"{tmp_path}/lq", lq_template="{}_*")
+    found = list(open_val_set(entry, 1))
+    assert [pair.name for pair in found] == ["1_r0", "1_r1", "10_r0", "10_r1", "1_0_r0", "1_0_r1"]
+    assert all(torch.equal(pair.lq, pair.gt) for pair in found)
+    (tmp_path / "lq" / "1_r0.png").rename(tmp_path / "lq" / "2_r0.png")
+    (tmp_path / "lq" / "1_r1.png").rename(tmp_path / "lq" / "2_r1.png")
+    with pytest.raises(InputError) as caught:
+        list(open_val_set(entry, 1))
+    assert [problem.split(": ")[1][:25] for problem in caught.value.problems] == [
+        "has no input 1_*.* in " + f"{tmp_path}"[:3],
+        "belongs to no ground trut",
+        "belongs to no ground trut",
+    ]

@@ -1,0 +1,86 @@
+"""Synthetic rain: bright streaks of motion-blurred drops, added to the image."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trainers.data.degradations.base import Degradation, as_stored
+from trainers.fields import Span, draw, most
+
+ACROSS = 4  # points side by side that make up a streak's width
+
+
+class Rain(Degradation):
+    """input = gt + streaks, clipped and rounded to 8 bits: the additive model of Rain100H (Yang et al., CVPR 2017, equation 1).
+
+    Our reading of its streaks: drops fall everywhere equally likely; a sample has one density and one wind direction, each
+    streak a length, width and brightness of its own, a direction within a few degrees of the wind's, and is brightest in
+    its middle. All channels get the same streaks. The defaults reach from a shower to the downpours of Rain100H.
+    """
+
+    name: Literal["rain"] = "rain"
+    """The degradation."""
+    density: Span = Field(default=[1.0, 25.0])
+    """Streaks per 1,000 pixels, of each sample: a number or [least, most]."""
+    length: Span = Field(default=[10.0, 50.0])
+    """Length of a streak in pixels."""
+    width: Span = Field(default=[0.7, 2.2])
+    """Width of a streak in pixels."""
+    angle: Span = Field(default=[-40.0, 40.0])
+    """Direction of the rain in degrees from the vertical, of each sample."""
+    spread: float = Field(default=6.0, ge=0)
+    """Standard deviation in degrees of the streaks' directions around that of the sample."""
+    brightness: Span = Field(default=[0.2, 0.8])
+    """What a streak adds in its middle; 1 is white on black."""
+
+    def degrade(self, image: Tensor, random: np.random.Generator) -> Tensor:
+        return as_stored(image + torch.from_numpy(self.streaks(image.shape[-2], image.shape[-1], random)))
+
+    def streaks(self, height: int, width: int, random: np.random.Generator) -> npt.NDArray[np.float32]:
+        """The rain alone, (height, width).
+
+        The expected value of a pixel is density / 1000 * 2/3 * length * width * brightness, at the border as in the middle.
+        """
+        reach = math.ceil(most(self.length) / 2) + 1  # streaks may begin outside
+        area = (height + 2 * reach) * (width + 2 * reach)
+        count = int(random.poisson(float(draw(self.density, random)) / 1000 * area))
+        wind = draw(self.angle, random)
+        y = random.uniform(-reach, height + reach, (count, 1, 1))
+        x = random.uniform(-reach, width + reach, (count, 1, 1))
+        length, thickness, brightness = (
+            draw(span, random, (count, 1, 1)) for span in (self.length, self.width, self.brightness)
+        )
+        angle = np.deg2rad(wind + self.spread * random.standard_normal((count, 1, 1)))
+        steps = math.ceil(most(self.length))
+        along = ((np.arange(steps) + 0.5) / steps - 0.5)[:, None]  # (steps, 1), of the length, from its middle
+        across = ((np.arange(ACROSS) + 0.5) / ACROSS - 0.5) * thickness  # (count, 1, ACROSS)
+        mass = brightness * (1 - (2 * along) ** 2) * length / steps * thickness / ACROSS  # (count, steps, 1)
+        along = along * length
+        rows = y + along * np.cos(angle) - across * np.sin(angle)  # (count, steps, ACROSS)
+        columns = x + along * np.sin(angle) + across * np.cos(angle)
+        return splat(rows, columns, np.broadcast_to(mass, rows.shape), height, width)
+
+
+def splat(
+    rows: npt.NDArray[np.float64],
+    columns: npt.NDArray[np.float64],
+    mass: npt.NDArray[np.float64],
+    height: int,
+    width: int,
+) -> npt.NDArray[np.float32]:
+    """Points between pixels -> (height, width): each gives its mass to the four pixels around it, by nearness."""
+    top, left = np.floor(rows), np.floor(columns)
+    image = np.zeros(height * width)
+    for row, column in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        share = (1 - np.abs(rows - row)) * (1 - np.abs(columns - column)) * mass
+        index = (row[inside] * width + column[inside]).astype(np.int64)
+        image += np.bincount(index, share[inside], minlength=height * width)
+    return image.reshape(height, width).astype(np.float32)

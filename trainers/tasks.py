@@ -1,0 +1,39 @@
+"""The tasks: what a config that names one gets by default, and what the numbers are compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trainers.data.degradations import Bicubic, Degradation, Noise, Rain
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of restoration."""
+
+    name: str
+    """The word for it in a config: `task: sr`."""
+    text: str
+    """The task in words, for reports."""
+    scale: int
+    """Default upsampling factor; 1 where input and ground truth have the same size."""
+    degradation: Degradation | None
+    """Makes the inputs where there is no folder of them; None: there must be one."""
+    protocol: str
+    """How its results are usually measured."""
+
+    def defaults(self) -> dict[str, Any]:
+        """What a config of this task need not say."""
+        made = self.degradation and self.degradation.model_dump()
+        return {"data": {"degradation": made}, "val": {"protocol": self.protocol}}
+
+
+TASKS = {
+    task.name: task
+    for task in [
+        Task("sr", "super-resolution", 2, Bicubic(), "sr-y"),
+        Task("denoise", "denoising", 1, Noise(), "denoise-rgb"),
+        Task("derain", "deraining", 1, Rain(), "derain-y"),
+    ]
+}
