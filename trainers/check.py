@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from trainers import networks
-from trainers.config import Config, Network
+from trainers.architectures import Network
+from trainers.config import Config
 from trainers.config_file import read_config
 from trainers.errors import InputError
 from trainers.taps import Adapters, Tapped, tap_problems

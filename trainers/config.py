@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, Tag, model_validator
+from pydantic import Field, Tag, ValidationInfo, model_validator
 
+from trainers.architectures import Network, described, entry, has_scale, options
 from trainers.data.degradations import AnyDegradation, Bicubic
-from trainers.fields import PHOTOS, Auto, PathText, Section, Share, shape_of
+from trainers.fields import PHOTOS, Auto, PathText, Section, Share, base_folder, shape_of
 from trainers.methods import AnyMethodOptions
-from trainers.models import MODELS, ModelEntry, NetworkOptions
-from trainers.models.edsr import EDSROptions
 from trainers.tasks import TASKS
-
-TapName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-Taps = Annotated[Auto | Annotated[dict[TapName, str], Tag("mapping")], shape_of("auto or {name: module.path, ...}")]
-
 
 Scale = Literal[1, 2, 3, 4, 8]
 SCALES = get_args(Scale)
-
-
-class NetworkFields(Section):
-    """What every network may be given besides its own options."""
-
-    weights: PathText | None = None
-    """Weights to start from: a .safetensors or .pth file, a checkpoint folder, builtin:NAME, or null for none."""
-    taps: Taps = "auto"
-    """Where features are taken for distillation: auto (the network's usual places) or tap name -> module path."""
-
-
-class EDSRNetwork(EDSROptions, NetworkFields):
-    """An EDSR."""
-
-    arch: Literal["edsr"]
-    """The network."""
-
-
-Network = EDSRNetwork  # becomes a union, discriminated by arch, with the second network
-
-
-def entry(network: Network) -> ModelEntry[Any]:
-    """The registry's entry of a network."""
-    return MODELS[network.arch]
-
-
-def options(network: Network) -> NetworkOptions:
-    """The options of the network's constructor."""
-    chosen: NetworkOptions = entry(network).options.model_validate(
-        {name: getattr(network, name) for name in entry(network).options.model_fields}
-    )
-    return chosen
 
 
 class ImageFolders(Section):
@@ -189,25 +153,20 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _the_task_fills_in(cls, given: Any) -> Any:
-        """Scale, degradation and protocol of the task, and the scale in networks that have one, where they are not given."""
+    def _the_task_fills_in(cls, given: Any, info: ValidationInfo) -> Any:
+        """Scale, degradation and protocol of the task, and what weights tell of networks, where they are not given."""
         task = TASKS.get(str(given.get("task", "sr"))) if isinstance(given, dict) else None
         scale = given.get("scale", task.scale) if task else None
-        if task is None or scale not in SCALES:
+        if task is None or not isinstance(scale, int) or scale not in SCALES:
             return given  # the task or the scale itself is the mistake
-        filled = {"scale": scale}
+        filled: dict[str, Any] = {"scale": scale}
         for section, defaults in task.defaults().items():
             if isinstance(given.get(section, {}), dict):
                 filled[section] = defaults | given.get(section, {})
         for role in ("teacher", "student"):
-            if isinstance(given.get(role), dict) and has_scale(given[role].get("arch")):
-                filled[role] = {"scale": scale, **given[role]}
+            if isinstance(given.get(role), dict):
+                filled[role] = described(given[role], scale, base_folder(info))
         return given | filled
-
-
-def has_scale(arch: Any) -> bool:
-    """Whether a network can upscale; the others keep the size of an image."""
-    return arch in MODELS and "scale" in MODELS[arch].options.model_fields
 
 
 def contradictions(config: Config) -> list[tuple[str, str]]:
@@ -232,13 +191,7 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
     for role, network in (("teacher", config.teacher), ("student", config.student)):
         if network is None:
             continue
-        if getattr(network, "scale", 1) != config.scale:
-            found.append(wrong_scale(role, network, config.scale))
-        unit = config.scale * entry(network).multiple_of(options(network))
-        if data.patch % unit:
-            found.append(
-                ("data.patch", f"{data.patch} is not a multiple of {unit}, as the {role} at scale {config.scale} needs")
-            )
+        found += network_contradictions(config, role, network)
     found += data_contradictions(config)
     weights = dict(method.weights)
     pixel = weights["pixel"]
@@ -247,10 +200,22 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
     return found
 
 
-def wrong_scale(role: str, network: Network, scale: int) -> tuple[str, str]:
-    if has_scale(network.arch):
-        return f"{role}.scale", f"{network.scale}, but the run's scale is {scale}: leave it out"
-    return f"{role}.arch", f"{network.arch} keeps the size of an image, but the run's scale is {scale}: choose another"
+def network_contradictions(config: Config, role: str, network: Network) -> Iterator[tuple[str, str]]:
+    """A network of another scale, patches of a size that it does not take."""
+    chosen, patch, scale = options(network), config.data.patch, config.scale
+    if entry(network).scale(chosen) != scale:
+        if has_scale(network.arch):
+            own = entry(network).scale(chosen)
+            yield f"{role}.scale", f"{own}, but the run's scale is {scale}: leave it out"
+        else:
+            advice = "choose another"
+            yield f"{role}.arch", f"{network.arch} keeps the size of an image, but the run's scale is {scale}: {advice}"
+    unit = scale * entry(network).multiple_of(chosen)
+    if patch % unit:
+        yield "data.patch", f"{patch} is not a multiple of {unit}, as the {role} at scale {scale} needs"
+    least = scale * entry(network).least_side(chosen)
+    if patch < least:
+        yield "data.patch", f"{patch} is below {least}, the least that the {role} takes at scale {scale}"
 
 
 def data_contradictions(config: Config) -> list[tuple[str, str]]:

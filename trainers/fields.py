@@ -19,11 +19,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
-def _absolute(value: str, info: ValidationInfo) -> str:
+def absolute(value: str, base: str) -> str:
+    """A path of a config that is relative to the folder `base`; names of ours stay."""
     if value == PHOTOS or value.startswith(BUILTIN):
         return value
-    base = (info.context or {}).get("base", "")
     return os.path.abspath(os.path.join(base, os.path.expanduser(value)))
+
+
+def base_folder(info: ValidationInfo) -> str:
+    """The folder of the YAML file that is being read."""
+    return str((info.context or {}).get("base", ""))
+
+
+def _absolute(value: str, info: ValidationInfo) -> str:
+    return absolute(value, base_folder(info))
 
 
 # A file or folder. A relative path is relative to the YAML file; `photos` and `builtin:...` are names of ours and stay.

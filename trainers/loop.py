@@ -22,6 +22,7 @@ from trainers.ema import EMA
 from trainers.errors import Diverged, InputError
 from trainers.loss_weights import LossWeights, gradient_norms, weighted_sum
 from trainers.methods import Batch
+from trainers.networks import any_size
 from trainers.progress import TrainingProgress
 from trainers.randomness import random_state, restore_random_state
 from trainers.run_folder import RunFolder
@@ -229,7 +230,7 @@ class Loop:
         """Measures the result on every set; whether it is the best so far on the first."""
         improved = False
         if self.fabric.is_global_zero:
-            for index, measured in enumerate(self.validation(self.result)):
+            for index, measured in enumerate(self.validation(any_size(self.config.student, self.result))):
                 self._write({"kind": "val", "step": self.position.step, **measured, "seconds": self.position.seconds})
                 best = self.position.best
                 if index == 0 and (best is None or measured["psnr"] > best["psnr"]):

@@ -17,7 +17,8 @@ from trainers.checkpoint import Checkpoints
 from trainers.config import ValSet
 from trainers.errors import InputError
 from trainers.fields import PHOTOS
-from trainers.networks import network_of_weights, read_weights
+from trainers.networks import AnySize, network_of_weights
+from trainers.pretrained import read_weights
 
 
 def measure(source: Path, data: list[str], lq: Path | None, protocol: str) -> dict[str, Any]:
@@ -38,24 +39,24 @@ def measure(source: Path, data: list[str], lq: Path | None, protocol: str) -> di
     if protocol not in PROTOCOLS:
         raise InputError(f"there is no protocol {protocol}: choose one of {', '.join(PROTOCOLS)}")
     weights = _weights(source)
-    arch, options, network = network_of_weights(read_weights(str(weights)))
+    entry, options, network = network_of_weights(read_weights(str(weights)))
+    scale = entry.scale(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = network.eval().to(device)
+    network = AnySize(network, entry, options).eval().to(device)
     restorers: dict[str, Callable[[Tensor], Tensor]] = {
-        "bicubic": partial(bicubic, scale=options.scale),
+        "bicubic": partial(bicubic, scale=scale),
         "network": network,
     }
     sets = {}
     for text in data:
-        entry = _entry(text, lq)
-        pairs = open_val_set(entry, options.scale)
-        sets[entry.name] = {
-            who: evaluate(restorer, pairs, PROTOCOLS[protocol], options.scale, device)
-            for who, restorer in restorers.items()
+        chosen = _entry(text, lq)
+        pairs = open_val_set(chosen, scale)
+        sets[chosen.name] = {
+            who: evaluate(restorer, pairs, PROTOCOLS[protocol], scale, device) for who, restorer in restorers.items()
         }
     return {
         "weights": str(weights),
-        "arch": arch,
+        "arch": entry.name,
         "options": options.model_dump(mode="json"),
         "protocol": protocol,
         "protocol_text": PROTOCOLS[protocol].describe(),

@@ -1,30 +1,27 @@
-"""Builds the networks of a config and reads their weights."""
+"""Builds the networks of a config, and runs them on images of any size."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from trainers import config
+from trainers import architectures
+from trainers.architectures import Network
 from trainers.errors import InputError
-from trainers.fields import BUILTIN
-from trainers.models import MODELS
-
-WEIGHTS = Path(__file__).parent / "weights"
+from trainers.models import ModelEntry
+from trainers.pretrained import nearest, read_weights, recognise
 
 
-def build_network(network: config.Network, role: str) -> nn.Module:
+def build_network(network: Network, role: str) -> nn.Module:
     """The network, freshly initialised from torch's global random state or with its weights.
 
     Raises:
         InputError: weights that cannot be read or do not fit.
     """
-    entry, options = config.entry(network), config.options(network)
+    entry, options = architectures.entry(network), architectures.options(network)
     built = entry.build(options)
     if network.weights is not None:
         try:
@@ -38,21 +35,21 @@ def build_network(network: config.Network, role: str) -> nn.Module:
     return built
 
 
-def tap_paths(network: config.Network) -> dict[str, str]:
+def tap_paths(network: Network) -> dict[str, str]:
     """Tap name -> module path."""
     if isinstance(network.taps, dict):
         return dict(network.taps)
-    paths: dict[str, str] = config.entry(network).natural_taps(config.options(network))
+    paths: dict[str, str] = architectures.entry(network).natural_taps(architectures.options(network))
     return paths
 
 
-def misfit(network: config.Network, state_dict: Mapping[str, Tensor], built: nn.Module) -> str:
+def misfit(network: Network, state_dict: Mapping[str, Tensor], built: nn.Module) -> str:
     """Why a state dict does not fit a network."""
     try:
-        found = config.entry(network).options_from_state_dict(state_dict)
+        found = architectures.entry(network).options_from_state_dict(state_dict)
     except ValueError as error:
-        return f"does not fit {network.arch}: {error}"
-    wanted = config.options(network)
+        return f"does not fit {network.arch}: {error}; {_whose(state_dict)}"
+    wanted = architectures.options(network)
     differing = [name for name in type(wanted).model_fields if getattr(found, name) != getattr(wanted, name)]
     if differing:
         given = ", ".join(f"{name} {getattr(found, name)}" for name in differing)
@@ -62,57 +59,55 @@ def misfit(network: config.Network, state_dict: Mapping[str, Tensor], built: nn.
     return f"does not fit {network.arch}: keys that only one of them has: {', '.join(sorted(names)[:5])}"
 
 
-def network_of_weights(state_dict: Mapping[str, Tensor]) -> tuple[str, Any, nn.Module]:
-    """(arch, options, network with these weights), recognised by keys and shapes.
+def _whose(state_dict: Mapping[str, Tensor]) -> str:
+    try:
+        return f"it is weights of {recognise(state_dict)[0].title}"
+    except InputError:
+        return nearest(state_dict)
+
+
+def network_of_weights(state_dict: Mapping[str, Tensor]) -> tuple[ModelEntry[Any], Any, nn.Module]:
+    """(registry entry, options, network with these weights), recognised by keys and shapes.
 
     Raises:
         InputError: no network of ours has such a state dict.
     """
-    for name, entry in MODELS.items():
-        try:
-            options = entry.options_from_state_dict(state_dict)
-            network = entry.build(options)
-            network.load_state_dict(state_dict)
-        except (ValueError, RuntimeError):
-            continue
-        return name, options, network
-    raise InputError(f"these weights fit none of our networks ({', '.join(MODELS)})")
-
-
-def read_weights(source: str) -> dict[str, Tensor]:
-    """The state dict in a .safetensors or .pth file, a checkpoint folder (its EMA), or shipped with the package (builtin:NAME).
-
-    Raises:
-        InputError: there is no such file, or it holds no state dict.
-    """
-    path = weights_path(source)
+    entry, options = recognise(state_dict)
+    network = entry.build(options)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the two readers raise many types for a broken file
-        raise InputError(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from None
-    for wrapper in ("params_ema", "params", "state_dict"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise InputError(f"{path}: holds no state dict (names and tensors)")
-    return loaded
+        network.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise InputError(f"these weights look like {entry.title}, but do not load: {error}") from None
+    return entry, options, network
 
 
-def weights_path(source: str) -> Path:
-    """The file behind the `weights` of a config."""
-    if source.startswith(BUILTIN):
-        name = source.removeprefix(BUILTIN)
-        path = WEIGHTS / f"{name}.safetensors"
-        if not path.is_file():
-            known = ", ".join(sorted(file.stem for file in WEIGHTS.glob("*.safetensors"))) or "none"
-            raise InputError(f"no weights called {name} ship with this package; known: {known}")
-        return path
-    path = Path(source)
-    if path.is_dir():
-        averaged = path / "ema.safetensors"
-        path = averaged if averaged.is_file() else path / "student.safetensors"
-    if not path.is_file():
-        raise InputError(f"{source}: there are no weights: give a .safetensors or .pth file, or a checkpoint folder")
-    return path
+def any_size(network: Network, built: nn.Module) -> AnySize:
+    """The built network of a config, for images of any size."""
+    return AnySize(built, architectures.entry(network), architectures.options(network))
+
+
+class AnySize(nn.Module):
+    """A network on images of any size: padded at the bottom and right as the network needs, its output cropped.
+
+    Padding mirrors the image without its edge; where the image is too small for that, its edge is repeated.
+    """
+
+    def __init__(self, network: nn.Module, entry: ModelEntry[Any], options: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.scale = entry.scale(options)
+        self.multiple_of = entry.multiple_of(options)
+        self.least_side = entry.least_side(options)
+
+    def forward(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        missing = [
+            -(-max(side, self.least_side) // self.multiple_of) * self.multiple_of - side for side in (height, width)
+        ]
+        if not any(missing):
+            whole: Tensor = self.network(image)
+            return whole
+        mode = "reflect" if missing[0] < height and missing[1] < width else "replicate"
+        padded = pad(image, (0, missing[1], 0, missing[0]), mode=mode)
+        restored: Tensor = self.network(padded)
+        return restored[..., : height * self.scale, : width * self.scale]

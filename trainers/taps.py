@@ -40,6 +40,15 @@ class Tapped:
         return output, {name: _feature_map(name, path, kept.get(name)) for name, path in self.paths.items()}
 
 
+def tap_group(name: str) -> str:
+    """Where a tap lies, told by how its name begins: enc "encoder", latent "latent", dec "decoder", all others "body".
+
+    A method that teaches encoder and decoder different things chooses its taps so; the taps of every U-shaped network of
+    `trainers.models` are named so.
+    """
+    return {"enc": "encoder", "lat": "latent", "dec": "decoder"}.get(name[:3], "body")
+
+
 def _keep(kept: dict[str, object], name: str, module: nn.Module, inputs: object, output: object) -> None:
     kept[name] = output
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainers import config, networks
+from trainers import architectures, networks
+from trainers.architectures import Network
 from trainers.checkpoint import replace_file
 from trainers.config import Config
 from trainers.data.images import write_png
@@ -54,12 +55,14 @@ def write_results(
     from trainers.report import write_report
 
     run = validation.config
+    student = networks.any_size(run.student, student)
     restorers: dict[str, Callable[[Tensor], Tensor]] = {
         "bicubic": partial(bicubic, scale=run.scale),
         "student": student,
     }
     if run.teacher is not None:
-        teacher = networks.build_network(run.teacher, "teacher").eval().requires_grad_(False)
+        built = networks.build_network(run.teacher, "teacher").eval().requires_grad_(False)
+        teacher = networks.any_size(run.teacher, built)
         restorers["teacher"] = teacher.to(validation.device)
     scores = {who: validation.scores(restorer) for who, restorer in restorers.items()}
     for name, pairs in validation.sets.items():
@@ -109,10 +112,10 @@ def save_images(
         write_png(target / f"{pair.name}_{who}.png", restored)
 
 
-def description(network: config.Network, built: nn.Module, scale: int) -> dict[str, Any]:
+def description(network: Network, built: nn.Module, scale: int) -> dict[str, Any]:
     """{"arch", "options", "params", "macs"} of a network."""
     height, width = (size // scale for size in MACS_OUTPUT)
-    options = config.options(network).model_dump(mode="json")
+    options = architectures.options(network).model_dump(mode="json")
     return {
         "arch": network.arch,
         "options": options,

@@ -56,7 +56,7 @@ def test_options_from_state_dict_inverts_construction(scale: int, features: int,
 
 
 def test_options_from_a_foreign_state_dict() -> None:
-    with pytest.raises(ValueError, match=r"not an EDSR.*head\.0\.weight"):
+    with pytest.raises(ValueError, match=r"not a state dict of EDSR.*head\.0\.weight"):
         options_from_state_dict(nn.Linear(2, 2).state_dict())
 
 

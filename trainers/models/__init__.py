@@ -17,11 +17,16 @@ from typing import Any
 from trainers.errors import InputError
 from trainers.models.edsr import EDSR_ENTRY
 from trainers.models.entry import ModelEntry, NetworkOptions
+from trainers.models.imdn import IMDN_ENTRY
+from trainers.models.nafnet import NAFNET_ENTRY
+from trainers.models.restormer import RESTORMER_ENTRY
+from trainers.models.rlfn import RLFN_ENTRY
 
 __all__ = ["MODELS", "ModelEntry", "NetworkOptions", "find"]
 
 # Each entry has its own type of options, so the registry as a whole is typed Any in that place.
-MODELS: dict[str, ModelEntry[Any]] = {entry.name: entry for entry in [EDSR_ENTRY]}
+ENTRIES: list[ModelEntry[Any]] = [EDSR_ENTRY, IMDN_ENTRY, NAFNET_ENTRY, RESTORMER_ENTRY, RLFN_ENTRY]
+MODELS = {entry.name: entry for entry in ENTRIES}
 
 
 def find(name: str) -> ModelEntry[Any]:

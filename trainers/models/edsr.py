@@ -14,48 +14,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from trainers.models.entry import ModelEntry, NetworkOptions
-
-DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB mean of DIV2K's training images, pixels in [0, 1]
+from trainers.models.entry import Count, ModelEntry, NetworkOptions
+from trainers.models.keys import count, require
+from trainers.models.layers import DIV2K_MEAN, MeanShift, conv3x3, thirds, upsampler
 
 
 class EDSROptions(NetworkOptions):
     """Size of an EDSR."""
 
-    scale: Literal[1, 2, 3, 4, 8] = Field(2, description="Upsampling factor; 1 leaves the upsampler out.")
-    features: int = Field(64, ge=1, description="Channels of the body.")
-    blocks: int = Field(16, ge=1, description="Residual blocks.")
-    res_scale: float = Field(
-        1.0, gt=0, description="Factor on each block's residual (the paper: 0.1 for 256 features)."
-    )
-    pixel_range: Literal[1, 255] = Field(
-        1,
-        description="Range of pixels inside the network: 255 for the authors' checkpoints. In and out: always [0, 1].",
-    )
-
-
-class MeanShift(nn.Module):
-    """image * gain + bias, a bias per colour.
-
-    `weight` is the identity that published checkpoints hold beside the bias. It is not used: a convolution would do
-    this sum in the autocast dtype and lose bits of the image.
-    """
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, bias: list[float], gain: float) -> None:
-        super().__init__()
-        self.gain = gain
-        self.register_buffer("weight", torch.eye(3).view(3, 3, 1, 1))
-        self.register_buffer("bias", torch.tensor(bias))
-
-    def forward(self, image: Tensor) -> Tensor:
-        return image * self.gain + self.bias.view(1, 3, 1, 1)
+    scale: Literal[1, 2, 3, 4, 8] = 2
+    """Upsampling factor; 1 leaves the upsampler out."""
+    features: Count = 64
+    """Channels of the body."""
+    blocks: Count = 16
+    """Residual blocks."""
+    res_scale: float = Field(default=1.0, gt=0)
+    """Factor on each block's residual (the paper: 0.1 for 256 features)."""
+    pixel_range: Literal[1, 255] = 1
+    """Range of pixels inside the network: 255 for the authors' checkpoints. In and out: always [0, 1]."""
 
 
 class ResidualBlock(nn.Module):
@@ -94,37 +73,20 @@ class EDSR(nn.Module):
         return restored if self.pixel_range == 1.0 else restored / self.pixel_range
 
 
-def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1)
-
-
-def upsampler(scale: int, features: int) -> nn.Sequential:
-    """Convolution and pixel shuffle: once for 3, log2(scale) times by 2 for the others (so none for 1)."""
-    factors = [3] if scale == 3 else [2] * (scale.bit_length() - 1)
-    layers: list[nn.Module] = []
-    for factor in factors:
-        layers += [conv3x3(features, features * factor**2), nn.PixelShuffle(factor)]
-    return nn.Sequential(*layers)
-
-
 def options_from_state_dict(state_dict: Mapping[str, Tensor]) -> EDSROptions:
     """The options of the EDSR whose state dict this is: the inverse of construction.
 
     Weights do not tell res_scale; it is taken as in the paper: 0.1 from 256 features on, 1.0 below.
     """
-    needed = ["head.0.weight", "tail.1.weight", "sub_mean.bias"]
-    missing = [key for key in needed if key not in state_dict]
-    if missing:
-        raise ValueError(f"not an EDSR state dict: it lacks {', '.join(missing)}")
+    require(state_dict, "EDSR", "head.0.weight", "body.0.body.0.weight", "tail.1.weight", "sub_mean.bias")
     features = state_dict["head.0.weight"].shape[0]
-    blocks = sum(key.startswith("body.") and key.endswith(".body.0.weight") for key in state_dict)
-    shuffles = sum(key.startswith("tail.0.") and key.endswith(".weight") for key in state_dict)
+    shuffles = count(state_dict, r"tail\.0\.(\d+)\.")
     by_three = shuffles == 1 and state_dict["tail.0.0.weight"].shape[0] == 9 * features
     return EDSROptions.model_validate(
         {
             "scale": 3 if by_three else 2**shuffles,
             "features": features,
-            "blocks": blocks,
+            "blocks": count(state_dict, r"body\.(\d+)\.body\."),
             "res_scale": 0.1 if features >= 256 else 1.0,
             "pixel_range": 255 if state_dict["sub_mean.bias"].abs().max() > 1 else 1,
         }
@@ -136,15 +98,17 @@ def natural_taps(options: EDSROptions) -> dict[str, str]:
 
     t3 is the tensor that enters the global skip, before the addition (FACD's framework figure).
     """
-    first, second = (max(1, round(options.blocks * third / 3)) for third in (1, 2))
-    return {"t1": f"body.{first - 1}", "t2": f"body.{second - 1}", "t3": f"body.{options.blocks}"}
+    first, second = thirds(options.blocks)
+    return {"t1": f"body.{first}", "t2": f"body.{second}", "t3": f"body.{options.blocks}"}
 
 
 EDSR_ENTRY = ModelEntry(
     name="edsr",
+    title="EDSR",
     constructor=EDSR,
     options=EDSROptions,
     options_from_state_dict=options_from_state_dict,
     natural_taps=natural_taps,
-    multiple_of=lambda options: 1,
+    scale=lambda options: options.scale,
+    pixel_range=lambda options: options.pixel_range,
 )

@@ -1,0 +1,52 @@
+"""Published weights in ../shared/data reach the figures that were measured with them elsewhere: definitions and protocol are right."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from trainers.config import ValSet
+from trainers.data.sets import open_val_set
+from trainers.evaluate import count_parameters, evaluate
+from trainers.metrics import PROTOCOLS
+from trainers.networks import AnySize, network_of_weights
+from trainers.pretrained import read_weights
+
+SR = [
+    # weights, dataset, scale
+    ("RLFN__rlfn_s_x4.pth", "set5", 4),
+    *(
+        pytest.param(weights, dataset, scale, marks=pytest.mark.slow)
+        for weights, dataset, scale in [
+            ("RLFN__rlfn_x2.pth", "set5", 2),
+            ("RLFN__rlfn_x2.pth", "set14", 2),
+            ("RLFN__rlfn_x4.pth", "set5", 4),
+            ("RLFN__rlfn_x4.pth", "set14", 4),
+            ("RLFN__rlfn_s_x4.pth", "set14", 4),
+            ("NTIRE2022_ESR__imdn_baseline.pth", "set5", 4),
+            ("NTIRE2022_ESR__imdn_baseline.pth", "set14", 4),
+        ]
+    ),
+]
+
+
+def reference(shared_data: Path, weights: str) -> dict[str, str]:
+    with (shared_data / "reference_models.tsv").open() as file:
+        return next(row for row in csv.DictReader(file, delimiter="\t") if row["weights_file"] == weights)
+
+
+@pytest.mark.parametrize(("weights", "dataset", "scale"), SR)
+def test_super_resolution(shared_data: Path, weights: str, dataset: str, scale: int) -> None:
+    row = reference(shared_data, weights)
+    entry, options, network = network_of_weights(read_weights(str(shared_data / "weights" / weights)))
+    assert entry.scale(options) == scale == int(row["scale"])
+    assert count_parameters(network) == int(row["params"])
+    assert (entry.pixel_range(options) == 255) is (row["input_range"] == "0-255")
+    folder = shared_data / dataset
+    images = ValSet(name=dataset, gt=f"{folder}/HR", lq=f"{folder}/LR_bicubic/X{scale}", lq_template=f"{{}}x{scale}")
+    measured = evaluate(AnySize(network, entry, options), open_val_set(images, scale), PROTOCOLS["sr-y"], scale)
+    psnr, ssim = map(float, row[dataset].split("/"))
+    assert measured["psnr"] == pytest.approx(psnr, abs=0.01)
+    assert measured["ssim"] == pytest.approx(ssim, abs=1e-4)

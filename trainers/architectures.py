@@ -1,0 +1,111 @@
+"""The network block of a config: one class per architecture, chosen by `arch`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Tag
+
+from trainers.errors import InputError
+from trainers.fields import Auto, PathText, Section, absolute, shape_of
+from trainers.models import MODELS, ModelEntry, NetworkOptions
+from trainers.models.edsr import EDSROptions
+from trainers.models.imdn import IMDNOptions
+from trainers.models.nafnet import NAFNetOptions
+from trainers.models.restormer import RestormerOptions
+from trainers.models.rlfn import RLFNOptions
+from trainers.pretrained import read_weights, recognise
+
+TapName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Taps = Annotated[Auto | Annotated[dict[TapName, str], Tag("mapping")], shape_of("auto or {name: module.path, ...}")]
+
+
+class NetworkFields(Section):
+    """What every network may be given besides its own options."""
+
+    weights: PathText | None = None
+    """Weights to start from: a file, a checkpoint folder, builtin:NAME, or null. Where arch or options are left out, they tell them."""
+    taps: Taps = "auto"
+    """Where features are taken for distillation: auto (the network's usual places) or tap name -> module path."""
+
+
+class EDSRNetwork(EDSROptions, NetworkFields):
+    """An EDSR."""
+
+    arch: Literal["edsr"]
+    """The network."""
+
+
+class IMDNNetwork(IMDNOptions, NetworkFields):
+    """An IMDN."""
+
+    arch: Literal["imdn"]
+    """The network."""
+
+
+class NAFNetNetwork(NAFNetOptions, NetworkFields):
+    """A NAFNet."""
+
+    arch: Literal["nafnet"]
+    """The network."""
+
+
+class RestormerNetwork(RestormerOptions, NetworkFields):
+    """A Restormer."""
+
+    arch: Literal["restormer"]
+    """The network."""
+
+
+class RLFNNetwork(RLFNOptions, NetworkFields):
+    """An RLFN."""
+
+    arch: Literal["rlfn"]
+    """The network."""
+
+
+Network = Annotated[
+    EDSRNetwork | IMDNNetwork | NAFNetNetwork | RestormerNetwork | RLFNNetwork, Field(discriminator="arch")
+]
+
+
+def entry(network: Network) -> ModelEntry[Any]:
+    """The registry's entry of a network."""
+    return MODELS[network.arch]
+
+
+def options(network: Network) -> NetworkOptions:
+    """The options of the network's constructor."""
+    chosen: NetworkOptions = entry(network).options.model_validate(
+        {name: getattr(network, name) for name in entry(network).options.model_fields}
+    )
+    return chosen
+
+
+def has_scale(arch: Any) -> bool:
+    """Whether a network can upscale; the others keep the size of an image."""
+    return arch in MODELS and "scale" in MODELS[arch].options.model_fields
+
+
+def described(block: dict[str, Any], scale: int, base: str) -> dict[str, Any]:
+    """A network's block with what it leaves out: arch and options as its weights tell them, else the run's scale.
+
+    Weights that cannot be read, or are no network's, add nothing: they are reported where they are loaded.
+
+    Args:
+        block: as written in the config.
+        scale: the run's.
+        base: the folder that relative paths are relative to.
+    """
+    told: dict[str, Any] = {}
+    if isinstance(block.get("weights"), str):
+        try:
+            found, chosen = recognise(read_weights(absolute(block["weights"], base)))
+        except InputError:
+            pass
+        else:
+            if block.get("arch", found.name) == found.name:
+                told = {"arch": found.name} | chosen.model_dump()
+    arch = block.get("arch", told.get("arch"))
+    run = {"scale": scale} if has_scale(arch) else {}
+    return told | run | block
