@@ -9,6 +9,7 @@ from typing import Any
 
 from trainers import crops, page
 from trainers.charts import Level, Series, line_chart
+from trainers.models import find
 from trainers.results import Run, flat, load_run
 
 REFERENCES = {"bicubic": "bicubic", "teacher": "its teacher"}
@@ -117,8 +118,11 @@ def task(run: Run) -> str:
 
 
 def _network(description: dict[str, Any]) -> str:
-    options = ", ".join(f"{name} {value:g}" for name, value in description["options"].items() if name != "scale")
-    return f'<td class="text">{html.escape(description["arch"].upper())} <small>{html.escape(options)}</small></td>'
+    shown = {
+        name: f"{value:g}" if isinstance(value, float) else value for name, value in description["options"].items()
+    }
+    options = ", ".join(f"{name} {value}" for name, value in shown.items() if name != "scale")
+    return f'<td class="text">{html.escape(find(description["arch"]).title)} <small>{html.escape(options)}</small></td>'
 
 
 # --- table -----------------------------------------------------------------------------------------------------------------------

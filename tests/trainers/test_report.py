@@ -167,6 +167,14 @@ def test_run_without_teacher_and_without_images(fake_run) -> None:
     assert not any(row and row[0] == "teacher" for row in document.rows)
 
 
+def test_options_of_every_kind_are_shown(fake_run) -> None:
+    options = {"dim": 16, "blocks": [1, 1, 2, 3], "ffn_expansion": 2.0, "norm": "bias-free", "bias": False}
+    student = {"arch": "restormer", "options": options, "params": 1_172_687, "macs": 73_000_000_000}
+    document = Document(write_report(fake_run("scratch", teacher=False, student=student)).read_text())
+    shown = "Restormer dim 16, blocks [1, 1, 2, 3], ffn_expansion 2, norm bias-free, bias False"
+    assert any(shown in row for row in document.rows), document.rows
+
+
 def test_several_validation_sets_each_have_columns_and_curves(fake_run) -> None:
     one = json.loads((fake_run("facd") / "result.json").read_text())["sets"]["photos"]
     run = fake_run("facd", folder="two", sets={"photos": one, "set5": one})
