@@ -95,6 +95,14 @@ def parser() -> argparse.ArgumentParser:
     check = _command(commands, "check", "find every problem of a config and its data", _check)
     _config_arguments(check)
 
+    plan = _command(commands, "plan", "say what memory and time a step takes, and what makes it fit", _plan)
+    _config_arguments(plan)
+    plan.add_argument("--memory", metavar="SIZE", help="memory to fit in, such as 8GiB (default: what is free)")
+    plan.add_argument(
+        "--patch", metavar="SIDES", help="sides of patches to plan, such as 128,256 (default: data.patch)"
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON; the tables go to stderr")
+
     train = _command(commands, "train", "train a student and write its report", _train)
     _config_arguments(train)
 
@@ -176,6 +184,14 @@ def _check(options: argparse.Namespace) -> int:
         return 2
     print(f"{options.config}: no problems")
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from trainers.check import checked_config
+    from trainers.plan_table import plan_command
+
+    config = checked_config(options.config, options.set, say=_say)
+    return 0 if plan_command(config, options.memory, options.patch, options.json) else 3
 
 
 def _train(options: argparse.Namespace) -> int:

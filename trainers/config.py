@@ -94,6 +94,8 @@ class Train(Section):
     """Precision of the networks' forward pass: 32, or bf16 (autocast; losses and weights stay float32)."""
     accumulate: int = Field(default=1, ge=1)
     """Micro-batches per step: 2 halves the memory and changes neither batch nor losses."""
+    recompute: bool = False
+    """Activation checkpointing: the student's blocks keep only their inputs and run again in the backward pass."""
     ema: float | None = Field(default=0.999, ge=0, lt=1)
     """Decay of the moving average of the student's weights, which is validated and shipped; null uses the last weights."""
     channels_last: bool = True

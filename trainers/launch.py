@@ -20,6 +20,7 @@ from trainers.events import Events
 from trainers.loop import Loop
 from trainers.progress import TrainingProgress
 from trainers.randomness import seed_everything
+from trainers.recompute import recompute
 from trainers.run_folder import RunFolder
 from trainers.signals import sigterm_interrupts
 from trainers.step import TrainStep
@@ -127,6 +128,8 @@ def build_step(
     method = methods.build(config.method)
     needs = method.requirements()
     tapped = Tapped(_placed(student, config.train, device), networks.tap_paths(config.student) if needs.taps else {})
+    if config.train.recompute:
+        recompute(student, tapped.paths.values())
     teachers = {}
     for name in needs.teachers:
         assert config.teacher is not None  # config.contradictions saw to it

@@ -26,6 +26,7 @@ class TrainStep(nn.Module):
         self.method = method
         self.adapters = adapters
         self.tapped_student = student
+        self.tapped_teachers = dict(teachers)
         self.teachers: dict[str, Network] = {name: self._frozen(teacher) for name, teacher in teachers.items()}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -35,6 +36,10 @@ class TrainStep(nn.Module):
     def others(self) -> dict[str, Tensor]:
         """The state besides the student's: adapters, calibration, the method's own."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("student.")}
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """The networks outside of this module: what they weigh is memory too."""
+        return [teacher.network for teacher in self.tapped_teachers.values()]
 
     def _adapted_student(self, x: Tensor) -> tuple[Tensor, Features]:
         output, taps = self.tapped_student(x)

@@ -1,0 +1,204 @@
+"""What a step will take: bytes counted on real and fake tensors are the same, a process's peak is predicted, what fits is proposed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kdops.dispatch import SPECS
+from tests.trainers.tiny import write_tiny
+from trainers.cli import main
+from trainers.config import Config
+from trainers.config_file import load_config
+from trainers.errors import InputError
+from trainers.footprint import LiveBytes, scratch_bytes
+from trainers.plan import Planner, Point, dynamic, measure_in_child, parse_bytes
+from trainers.recompute import recompute, repeated_blocks
+
+MIB = 2**20
+
+
+def config_of(folder: Path, method: str = "facd", **train: Any) -> Config:
+    return load_config(write_tiny(folder, method, **train))
+
+
+def test_live_bytes_count_each_storage_once_until_it_dies() -> None:
+    with LiveBytes() as live:
+        a = torch.zeros(1000)
+        view, same = a[:10], a.add_(1)
+        b = a * 2
+        assert live.current == 8000
+        del a, b
+        assert live.current == 4000  # the views hold the first storage
+        del view, same
+        assert (live.current, live.peak) == (0, 8000)
+
+
+@pytest.mark.parametrize("name", sorted(SPECS))
+def test_scratch_of_every_op_is_understood(name: str) -> None:
+    """A raw operator's arguments are matched with those of the public function by name, forward and backward."""
+    spec = SPECS[name]
+    seen: list[int] = []
+
+    class Recorded(LiveBytes):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+            if func.namespace == "kdops":
+                seen.append(scratch_bytes(func, args))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    sample = spec.samples[0]
+    tensors = [torch.randn(shape).requires_grad_() for shape in sample.shapes]
+    with FakeTensorMode(allow_non_fake_inputs=True), Recorded():
+        out = spec.function(*tensors, **sample.kwargs)
+        results = [r for r in (out if isinstance(out, (tuple, list)) else [out]) if r.requires_grad]
+        if results:
+            torch.autograd.grad([r.sum() for r in results], tensors, allow_unused=True)
+    assert all(size >= 0 for size in seen)
+    assert seen or not spec.raw_ops
+
+
+@pytest.mark.parametrize("backend", ["kdops", "reference"])
+@pytest.mark.parametrize("method", ["scratch", "output", "facd"])
+def test_fake_tensors_cost_what_real_ones_cost(tmp_path: Path, method: str, backend: str) -> None:
+    from trainers.plan import build, run_parts
+
+    config = config_of(tmp_path, method)
+    point = Point(16, 4, False, backend)
+    real, shared = run_parts(build(config, False), config, point)
+    fake, fake_shared = Planner(config, 2**40).simulate(point)
+    assert fake_shared == shared
+    assert fake.peak == real.peak
+    assert set(fake.terms) == set(real.terms)
+    assert {name: cost.peak for name, cost in fake.terms.items()} == {n: c.peak for n, c in real.terms.items()}
+    assert fake.student.peak == real.student.peak
+    assert fake.weights > fake.trained > 0
+
+
+def test_the_reference_takes_more_where_it_holds_more(tmp_path: Path) -> None:
+    planner = Planner(config_of(tmp_path, "facd"), 2**40)
+    ours, reference = (
+        planner.simulate(Point(64, 4, False, b))[0].terms["contrast"].peak for b in ("kdops", "reference")
+    )
+    assert reference > 2 * ours
+
+
+def test_a_step_that_recomputes_holds_less(tmp_path: Path) -> None:
+    planner = Planner(config_of(tmp_path, "scratch"), 2**40)
+    plain, again = (planner.simulate(Point(64, 4, r, "kdops"))[0].student.held for r in (False, True))
+    assert plain - again == 3 * (4 * 4 * 32 * 32 * 4)  # of each block the map (B, C, h, w) between its two convolutions
+
+
+@pytest.mark.slow
+def test_a_process_peak_is_predicted_within_ten_percent(tmp_path: Path) -> None:
+    """From two small measured steps to one that takes some hundred MiB more."""
+    planner = Planner(config_of(tmp_path, "facd"), 2**31)
+    for point in (Point(512, 2, False, "kdops"), Point(256, 4, False, "reference")):
+        costs, shared = planner.simulate(point)
+        predicted = planner._predicted(point, costs, shared)
+        measured = measure_in_child(planner.config, point).peak
+        assert dynamic(costs, shared) > 32 * MIB
+        assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_proposals_halve_the_micro_batch_then_recompute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, "output")
+    monkeypatch.setattr(Planner, "_of_process", lambda self, backend: (0.0, 0.0))
+    free = Planner(config, 2**40)
+
+    def needs(micro: int, again: bool) -> int:
+        return dynamic(*free.simulate(Point(64, micro, again, "kdops")))
+
+    assert needs(4, False) > needs(2, False) > needs(1, False) > needs(1, True)
+    for memory, settings in (
+        (needs(4, False), ["train.accumulate=1"]),
+        (needs(4, False) - 1, ["train.accumulate=2"]),
+        (needs(1, False) - 1, ["train.accumulate=4", "train.recompute=true"]),
+    ):
+        found = Planner(config, memory).proposal("kdops", 64)
+        assert found is not None
+        assert found[1] == settings or (settings[-1].startswith("train.recompute") and found[1][-1] == settings[-1])
+    assert Planner(config, needs(1, True) - 1).proposal("kdops", 64) is None
+
+
+@pytest.mark.slow
+def test_the_command_refuses_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_tiny(tmp_path, "facd")
+    assert main(["plan", str(path), "--memory", "1GiB", "--patch", "16,4096", "--json"]) == 0
+    out = capsys.readouterr()
+    first, second = json.loads(out.out)["patches"]
+    assert first["patch"] == 16
+    assert all(plan["measured"] for plan in first["plans"])
+    assert not any(plan["measured"] for plan in second["plans"])
+    assert "reference:" in out.err
+    assert "is refused: above 1.00 GiB" in out.err
+    assert "most is taken by" in out.err
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GiB", 2**33), ("512M", 2**29), ("1.5 GB", 3 * 2**29), ("1000", 1000)])
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+def test_what_is_no_size_or_patch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match="give a size such as 8GiB"):
+        parse_bytes("lots")
+    assert main(["plan", str(write_tiny(tmp_path)), "--patch", "17"]) == 2
+    assert "17 is not a multiple" in capsys.readouterr().err
+
+
+# --- recomputed activations ------------------------------------------------------------------------------------------------------
+
+
+class Network(nn.Module):
+    """Two levels of blocks, one within the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 4, 3, padding=1)
+        inner = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()) for _ in range(4)]
+        self.body = nn.Sequential(nn.Sequential(*inner[:2]), nn.Sequential(*inner[2:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.body(self.head(x))
+        return out
+
+
+def test_recomputing_changes_neither_names_nor_gradients() -> None:
+    torch.manual_seed(0)
+    plain = Network()
+    again = Network()
+    again.load_state_dict(plain.state_dict())
+    assert list(repeated_blocks(again)) == ["body.0", "body.1"]
+    recompute(again, ["body.1"])
+    x = torch.randn(2, 3, 8, 8)
+    for network in (plain, again):
+        network(x).square().sum().backward()
+    assert list(plain.state_dict()) == list(again.state_dict())
+    for one, two in zip(plain.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad)
+
+
+def test_a_tap_within_a_block_is_refused() -> None:
+    with pytest.raises(InputError, match=r"the tap body\.0\.1 lies within a block"):
+        recompute(Network(), ["body.0.1"])
+    with pytest.raises(InputError, match="no repeated blocks"):
+        recompute(nn.Conv2d(3, 3, 1), [])
+
+
+def test_a_run_that_recomputes_learns_the_same(tmp_path: Path) -> None:
+    """Bit for bit, on one thread and with an average of the weights."""
+    from tests.trainers.tiny import assert_same_state, last_state
+    from trainers.launch import train
+
+    states = []
+    for again in (False, True):
+        folder = tmp_path / str(again)
+        folder.mkdir()
+        states.append(last_state(train(config_of(folder, "facd", recompute=again))))
+    assert_same_state(*states)

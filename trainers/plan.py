@@ -1,0 +1,314 @@
+"""`kdtrain plan`: what a training step will take, before it is run, and what makes it fit.
+
+Where a step fits, it is run in a process of its own, and its true peak is reported as measured. Beyond, the bytes come from a run on fake
+tensors (footprint.py), which need no memory; what a process takes besides is learned from two small measured steps, and the figure is
+reported as simulated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kdops
+from trainers.config import Config, contradictions
+from trainers.errors import InputError
+from trainers.footprint import Cost, StepCosts, step_costs
+from trainers.methods import Batch
+from trainers.step import TrainStep
+
+BACKENDS = {"kdops": "auto", "reference": "reference"}  # name in the plan -> of kdops.backend()
+HEADROOM = 0.9  # of the memory that is free: the rest of the machine goes on
+LOW, HIGH = 2**26, 2**29  # bytes of the two steps that are measured to learn what a process takes besides
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A step to plan: side of the patch, samples in a micro-batch, whether activations are recomputed, and the backend."""
+
+    patch: int
+    micro: int
+    recompute: bool
+    backend: str
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What one point takes."""
+
+    point: Point
+    costs: StepCosts
+    shared: int
+    """Bytes of teacher features of the whole effective batch, where the method shares them."""
+    peak: int
+    """Bytes of the process at its highest."""
+    seconds: float | None
+    """Of one micro-batch with its share of the optimiser's step; None where it was not run."""
+    measured: bool
+
+
+def parse_bytes(text: str) -> int:
+    """8GiB, 512M, 2e9 -> bytes; G and GiB are both 2^30.
+
+    Raises:
+        InputError: not a size.
+    """
+    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise InputError(f"--memory {text}: give a size such as 8GiB or 512MiB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def free_memory() -> int:
+    """What a new process may take: of the GPU where there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0] * HEADROOM)
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(int(available[1]) * 1024 * HEADROOM) if available else 2**63
+
+
+# --- on fake tensors -----------------------------------------------------------------------------------------------------------------
+
+
+class _Blanks:
+    """Stands in for the training images: their shapes."""
+
+    def __init__(self, config: Config, patch: int) -> None:
+        self.scale, self.patch = config.scale, patch
+
+    def sample(self, seed: int, step: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.rand(3, self.patch // self.scale, self.patch // self.scale), torch.rand(3, self.patch, self.patch)
+
+
+class Planner:
+    """Plans steps of one config. Networks are built once for each choice of recomputing; no image is read."""
+
+    def __init__(self, config: Config, memory: int) -> None:
+        self.config = config
+        self.memory = memory
+        self._steps: dict[bool, TrainStep] = {}
+        self._process: dict[str, tuple[float, float]] = {}
+        self._simulated: dict[Point, tuple[StepCosts, int]] = {}
+
+    def simulate(self, point: Point) -> tuple[StepCosts, int]:
+        """Costs of a point on fake tensors, and the bytes of teacher features that its micro-batches share."""
+        train_step = self._step(point.recompute)
+        if point not in self._simulated:
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                self._simulated[point] = run_parts(train_step, self.config, point)
+        return self._simulated[point]
+
+    def plan(self, point: Point) -> Planned:
+        """Measured where it fits, else simulated."""
+        costs, shared = self.simulate(point)
+        peak = self._predicted(point, costs, shared)
+        if peak > min(self.memory, free_memory()):
+            return Planned(point, costs, shared, peak, None, measured=False)
+        found = measure_in_child(self.config, point)
+        return Planned(point, found.costs, shared, found.peak, found.seconds, measured=True)
+
+    def proposal(self, backend: str, patch: int) -> tuple[Planned, list[str]] | None:
+        """The largest micro-batch that fits, first as the config is, then with recomputed activations; None if none does."""
+        batch, recompute = self.config.data.batch, self.config.train.recompute
+        for again in dict.fromkeys((recompute, True)):
+            for accumulate in (n for n in range(1, batch + 1) if batch % n == 0):
+                point = Point(patch, batch // accumulate, again, backend)
+                try:
+                    costs, shared = self.simulate(point)
+                except InputError:
+                    break  # this network cannot recompute
+                peak = self._predicted(point, costs, shared)
+                if peak <= self.memory:
+                    settings = [f"train.accumulate={accumulate}"] + ["train.recompute=true"] * again
+                    return Planned(point, costs, shared, peak, None, measured=False), settings
+        return None
+
+    def _step(self, recompute: bool) -> TrainStep:
+        if recompute not in self._steps:
+            self._steps[recompute] = build(self.config, recompute)
+        return self._steps[recompute]
+
+    def _predicted(self, point: Point, costs: StepCosts, shared: int) -> int:
+        base, overhead = self._of_process(point.backend)
+        return int(base + dynamic(costs, shared) + overhead * costs.student.peak)
+
+    def _of_process(self, backend: str) -> tuple[float, float]:
+        """(bytes that every process takes, bytes that the networks' operators take within themselves for each byte that is counted).
+
+        Learned from two measured steps: convolutions reorder their tensors into buffers that no count from outside sees.
+        """
+        if backend not in self._process:
+            rest, networks = [], []
+            for size in (LOW, min(HIGH, self.memory // 4)):
+                point = self._nearest(backend, size)
+                costs, shared = self.simulate(point)
+                rest.append(measure_in_child(self.config, point).peak - dynamic(costs, shared))
+                networks.append(costs.student.peak)
+            more = networks[1] - networks[0]
+            overhead = max(0.0, (rest[1] - rest[0]) / more) if more > 0 else 0.0
+            self._process[backend] = (rest[0] - overhead * networks[0], overhead)
+        return self._process[backend]
+
+    def _nearest(self, backend: str, size: int) -> Point:
+        """The point whose step is nearest to a size: a process's overhead grows with it, so it is learned at sizes that matter."""
+        points = [
+            Point(side, micro, self.config.train.recompute, backend) for side in self._sides() for micro in (1, 4)
+        ]
+        return min(points, key=lambda point: abs(math.log(self.simulate(point)[0].peak / size)))
+
+    def _sides(self) -> list[int]:
+        """The config's patch, its half and its doubles, as far as the networks take them."""
+        given = self.config.data.patch
+        sides = [given // 2, given, given * 2, given * 4, given * 8]
+        return [side for side in sides if side == given or not patch_problems(self.config, side)]
+
+
+def patch_problems(config: Config, patch: int) -> list[str]:
+    """Why the networks cannot take patches of this side."""
+    trial = config.model_copy(update={"data": config.data.model_copy(update={"patch": patch})})
+    return [text for key, text in contradictions(trial) if key == "data.patch"]
+
+
+def dynamic(costs: StepCosts, shared: int) -> int:
+    """Bytes that depend on the config: weights, average, gradients and optimiser, and what the step holds at its highest."""
+    return costs.weights + costs.trained + costs.optimizer + shared + costs.peak
+
+
+def build(config: Config, recompute: bool) -> TrainStep:
+    """The TrainStep, with real weights and no images."""
+    from trainers import networks
+    from trainers.launch import build_step
+    from trainers.randomness import seed_everything
+
+    seed_everything(config.train.seed)
+    update = {"train": config.train.model_copy(update={"recompute": recompute})}
+    student = networks.build_network(config.student, "student")
+    blanks: Any = _Blanks(config, config.data.patch)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return build_step(config.model_copy(update=update), student, blanks, device, calibrate=False)
+
+
+def run_parts(train_step: TrainStep, config: Config, point: Point) -> tuple[StepCosts, int]:
+    """One step in parts, on the kind of tensors that torch makes at the moment."""
+    with kdops.backend(BACKENDS[point.backend]), precision(config):
+        batch, shared = make_batch(train_step, config, point)
+        return step_costs(train_step, batch), shared
+
+
+def precision(config: Config) -> Any:
+    """Autocast as in training."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(device, torch.bfloat16) if config.train.precision == "bf16" else contextlib.nullcontext()
+
+
+def make_batch(train_step: TrainStep, config: Config, point: Point) -> tuple[Batch, int]:
+    """A micro-batch of noise, and the bytes of the teachers' features of the effective batch."""
+    device = next(train_step.parameters()).device
+    samples = [_Blanks(config, point.patch).sample(0, 0, index) for index in range(point.micro)]
+    lq, gt = (torch.stack(images).to(device) for images in zip(*samples, strict=True))
+    if config.train.channels_last:
+        lq, gt = (image.contiguous(memory_format=torch.channels_last) for image in (lq, gt))
+    if not train_step.method.requirements().batch_coupled:
+        return Batch(lq, gt), 0
+    parts = max(1, config.data.batch // point.micro)
+    shared = {}
+    for name, teacher in train_step.teachers.items():
+        output, taps = teacher(lq)
+        shared[name] = (torch.cat([output] * parts), {key: torch.cat([tap] * parts) for key, tap in taps.items()})
+    size = sum(t.numel() * t.element_size() for output, taps in shared.values() for t in (output, *taps.values()))
+    return Batch(lq, gt, slice(0, point.micro), shared), size
+
+
+# --- in a process of its own ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a child process says of itself."""
+
+    peak: int
+    seconds: float
+    costs: StepCosts
+
+
+def measure_in_child(config: Config, point: Point) -> Measured:
+    """Run the point for real.
+
+    Raises:
+        InputError: the process ended early, for lack of memory most likely.
+    """
+    job = json.dumps({"config": config.model_dump(mode="json"), "point": dataclasses.asdict(point)})
+    run = subprocess.run(
+        [sys.executable, "-m", "trainers.plan"],
+        input=job,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    if run.returncode:
+        last = (run.stderr.strip().splitlines() or ["it was killed"])[-1]
+        raise InputError(f"the step of patch {point.patch} and micro-batch {point.micro} could not be measured: {last}")
+    found = json.loads(run.stdout.splitlines()[-1])
+    return Measured(found["peak"], found["seconds"], _costs(found["costs"]))
+
+
+def _costs(plain: dict[str, Any]) -> StepCosts:
+    """What dataclasses.asdict made of them, back."""
+    several = {key: {name: Cost(**cost) for name, cost in plain.pop(key).items()} for key in ("teachers", "terms")}
+    return StepCosts(
+        student=Cost(**plain.pop("student")), teachers=several["teachers"], terms=several["terms"], **plain
+    )
+
+
+def _child() -> None:
+    """Read a job, run its step as training would, say what it took."""
+    import time
+
+    from trainers.launch import make_optimizer
+
+    job = json.load(sys.stdin)
+    config, point = Config.model_validate(job["config"]), Point(**job["point"])
+    train_step = build(config, point.recompute)
+    optimizer = make_optimizer(config.train, train_step)
+    seconds = []
+    for _ in range(2):  # the first is slower: it makes the optimiser's state and starts the threads
+        started = time.perf_counter()
+        with kdops.backend(BACKENDS[point.backend]):
+            with precision(config):
+                batch, _ = make_batch(train_step, config, point)
+                losses = train_step(batch)
+            torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - started)
+        del losses, batch
+    peak = _process_peak()
+    costs, _ = run_parts(train_step, config, point)
+    print(json.dumps({"peak": peak, "seconds": seconds[-1], "costs": dataclasses.asdict(costs)}))
+
+
+def _process_peak() -> int:
+    """Bytes: of the resident set, or of the GPU's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise InputError("this system does not say how much memory a process took: /proc/self/status has no VmHWM")
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    _child()

@@ -1,0 +1,122 @@
+"""`kdtrain plan` on the terminal: a table for each patch, what fits, and the settings that make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from trainers.config import Config
+from trainers.errors import InputError
+from trainers.footprint import Cost
+from trainers.plan import BACKENDS, Planned, Planner, Point, free_memory, parse_bytes, patch_problems
+
+MIB, GIB = 2**20, 2**30
+
+
+def plan_command(config: Config, memory: str | None, patches: str | None, as_json: bool) -> bool:
+    """Plan the config at each patch and print it; whether the first patch fits somehow.
+
+    Raises:
+        InputError: a size or a patch that cannot be.
+    """
+    planner = Planner(config, free_memory() if memory is None else parse_bytes(memory))
+    console = Console(stderr=as_json)
+    found, fits = [], []
+    for patch in _patches(config, patches):
+        micro = config.data.batch // config.train.accumulate
+        points = [Point(patch, micro, config.train.recompute, backend) for backend in BACKENDS]
+        planned = [planner.plan(point) for point in points]
+        proposal = planner.proposal("kdops", patch)
+        fits.append(proposal is not None)
+        found.append(
+            {"patch": patch, "plans": [_plain(plan) for plan in planned], "proposal": proposal and proposal[1]}
+        )
+        console.print(_table(planned), highlight=False)
+        for plan in planned:
+            console.print(verdict(plan, planner.memory), highlight=False, soft_wrap=True)
+        console.print(_proposed(proposal, planner.memory), highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({"memory": planner.memory, "patches": found}, indent=1))
+    return fits[0]
+
+
+def _patches(config: Config, text: str | None) -> list[int]:
+    if text is None:
+        return [config.data.patch]
+    try:
+        patches = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--patch {text}: give sides in pixels, such as 128,256,512") from None
+    wrong = [f"--patch {side}: {problem}" for side in patches for problem in patch_problems(config, side)]
+    if wrong:
+        raise InputError(wrong)
+    return patches
+
+
+def parts(plan: Planned) -> dict[str, Cost]:
+    """Name -> cost of every network and loss term, in the order of a step."""
+    teachers = {f"teacher {name}" if name != "teacher" else name: cost for name, cost in plan.costs.teachers.items()}
+    return {"student": plan.costs.student, **teachers, **{f"loss {name}": c for name, c in plan.costs.terms.items()}}
+
+
+def _table(planned: Sequence[Planned]) -> Table:
+    point = planned[0].point
+    table = Table(
+        title=f"patch {point.patch}, micro-batch {point.micro}" + ", recomputed activations" * point.recompute
+    )
+    table.add_column("part")
+    for plan in planned:
+        how = "measured" if plan.measured else "simulated"
+        table.add_column(f"{plan.point.backend}\nMiB ({how})", justify="right")
+        table.add_column(f"{plan.point.backend}\nms" + ("" if plan.measured else " (not run)"), justify="right")
+    for name in parts(planned[0]):
+        cells = []
+        for plan in planned:
+            cost = parts(plan)[name]
+            cells += [f"{cost.peak / MIB:,.1f}", f"{cost.seconds * 1e3:,.1f}" if plan.measured else ""]
+        table.add_row(name, *cells)
+    rows: dict[str, Callable[[Planned], int]] = {
+        "weights, gradients, Adam": lambda plan: plan.costs.weights + plan.costs.trained + plan.costs.optimizer,
+        "teacher features of the batch": lambda plan: plan.shared,
+        "process, at its highest": lambda plan: plan.peak,
+    }
+    for name, size in rows.items():
+        seconds = [
+            f"{plan.seconds * 1e3:,.1f}" if plan.seconds and name.startswith("process") else "" for plan in planned
+        ]
+        table.add_row(
+            name, *(c for plan, ms in zip(planned, seconds, strict=True) for c in (f"{size(plan) / MIB:,.1f}", ms))
+        )
+    return table
+
+
+def largest(plan: Planned) -> str:
+    """The part that takes most: "loss spatial, 33.0 GiB"."""
+    name, cost = max(parts(plan).items(), key=lambda part: part[1].peak)
+    return f"{name}, {cost.peak / GIB:.1f} GiB"
+
+
+def verdict(plan: Planned, memory: int) -> str:
+    """Whether a plan fits, with its number."""
+    how = "measured" if plan.measured else "simulated"
+    needs = f"{plan.point.backend}: {plan.peak / GIB:.2f} GiB ({how})"
+    if plan.peak <= memory:
+        return f"{needs} fits in {memory / GIB:.2f} GiB"
+    return f"{needs} is refused: above {memory / GIB:.2f} GiB; most is taken by {largest(plan)}"
+
+
+def _proposed(proposal: tuple[Planned, list[str]] | None, memory: int) -> str:
+    if proposal is None:
+        return f"no micro-batch fits in {memory / GIB:.2f} GiB, not even one sample with recomputed activations: lower data.patch"
+    plan, settings = proposal
+    how = " ".join(f"--set {setting}" for setting in settings)
+    return f"to fit in {memory / GIB:.2f} GiB: {how} (micro-batches of {plan.point.micro}, {plan.peak / GIB:.2f} GiB simulated)"
+
+
+def _plain(plan: Planned) -> dict[str, Any]:
+    return dataclasses.asdict(plan)
