@@ -123,7 +123,7 @@ class Val(Section):
 
     every: int = Field(default=500, ge=1)
     """Steps between validations; the last step is always validated."""
-    protocol: Literal["sr-y", "denoise-rgb", "denoise-grey", "derain-y"] = "sr-y"
+    protocol: Literal["sr-y", "denoise-rgb", "denoise-grey", "derain-y", "deblur-rgb", "dehaze-rgb"] = "sr-y"
     """How PSNR and SSIM are measured: colour space, range, rounding and border; the default is the task's."""
     save_images: int = Field(default=4, ge=0)
     """Images per set kept in the run folder for the report."""
@@ -136,7 +136,7 @@ class Config(Section):
     """Name of the run: the folder <out>/<name>."""
     out: str = "runs"
     """Folder of run folders, relative to the current directory."""
-    task: Literal["sr", "denoise", "derain"] = "sr"
+    task: Literal["sr", "denoise", "derain", "deblur", "dehaze"] = "sr"
     """Task: chooses the defaults of scale, data.degradation and val.protocol."""
     scale: Scale = 2
     """Upsampling factor: 2, 3, 4 or 8 for sr, 1 for the other tasks."""

@@ -94,7 +94,7 @@ PROTOCOLS = {
             "rounded to 8 bits, with the border",
             derain_y,
         ),
-        Protocol("denoise-rgb", RGB_TEXT, rgb),
+        *(Protocol(name, RGB_TEXT, rgb) for name in ("denoise-rgb", "deblur-rgb", "dehaze-rgb")),
         Protocol(
             "denoise-grey",
             "PSNR and SSIM on grey (mean of the three channels, 0-255, peak 255) clipped and rounded to 8 bits, with the border",

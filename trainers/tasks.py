@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainers.data.degradations import Bicubic, Degradation, Noise, Rain
+from trainers.data.degradations import Bicubic, Degradation, MotionBlur, Noise, Rain
 
 
 @dataclass(frozen=True)
@@ -35,5 +35,7 @@ TASKS = {
         Task("sr", "super-resolution", 2, Bicubic(), "sr-y"),
         Task("denoise", "denoising", 1, Noise(), "denoise-rgb"),
         Task("derain", "deraining", 1, Rain(), "derain-y"),
+        Task("deblur", "deblurring", 1, MotionBlur(), "deblur-rgb"),
+        Task("dehaze", "dehazing", 1, None, "dehaze-rgb"),
     ]
 }

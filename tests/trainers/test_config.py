@@ -123,6 +123,7 @@ def test_the_method_block(tmp_path: Path, change: str, said: str) -> None:
             ["task=denoise", "data.degradation={name: noise, sigma: high}"],
             "data.degradation.sigma: must be a number or [least, most], but is 'high'",
         ),
+        (["task=dehaze"], "data.train: nothing makes the inputs: give lq"),
         (["task=denose"], "--set task=denose: task: Input should be 'sr', 'denoise'"),
         (["train.step=10"], "--set train.step=10: train.step: unknown key; did you mean steps?"),
         (["train.lr=fast"], "--set train.lr=fast: train.lr: Input should be a valid number"),
@@ -165,7 +166,8 @@ def test_another_method_drops_the_old_keys_and_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_task_fills_in_what_is_not_given(tmp_path: Path, task: str) -> None:
-    config = load_config(write(tmp_path, GOOD), [f"task={task}"])
+    pairs = ["data={train: {gt: a, lq: b}, val: [{name: a, gt: a, lq: b}]}"] if task == "dehaze" else []
+    config = load_config(write(tmp_path, GOOD), [f"task={task}", *pairs])
     expected = TASKS[task]
     assert (config.scale, config.val.protocol, config.data.degradation) == (
         expected.scale,
@@ -173,7 +175,7 @@ def test_the_task_fills_in_what_is_not_given(tmp_path: Path, task: str) -> None:
         expected.degradation,
     )
     assert config.student.scale == config.scale
-    given = load_config(write(tmp_path, GOOD), [f"task={task}", "val.protocol=derain-y"])
+    given = load_config(write(tmp_path, GOOD), [f"task={task}", "val.protocol=derain-y", *pairs])
     assert given.val.protocol == "derain-y"
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tests.trainers.tiny import write_images
 from trainers.config import Data, TrainFolders, ValSet
-from trainers.data.degradations import AnyDegradation, Bicubic, Noise, Rain
-from trainers.data.degradations.rain import splat
+from trainers.data.degradations import AnyDegradation, Bicubic, GaussianBlur, MotionBlur, Noise, Rain
+from trainers.data.degradations.blur import correlate, gaussian
+from trainers.data.degradations.splat import splat
 from trainers.data.images import to_uint8, write_png
 from trainers.data.resize import imresize
 from trainers.data.sets import TrainSet, open_train_set, open_val_set
@@ -23,7 +24,7 @@ from trainers.errors import InputError
 
 Image = npt.NDArray[np.float32]
 
-RANDOM_ONES: list[AnyDegradation] = [Noise(), Noise(sigma=[0.0, 50.0]), Rain()]
+RANDOM_ONES: list[AnyDegradation] = [Noise(), Noise(sigma=[0.0, 50.0]), Rain(), MotionBlur(), GaussianBlur()]
 
 
 def random(seed: int = 0) -> np.random.Generator:
@@ -204,6 +205,77 @@ def test_splat_keeps_mass_and_place() -> None:
     assert image[2, 2] == 1
     assert image.sum() == 4
     assert splat(np.array([-0.5]), np.array([0.0]), np.array([1.0]), 2, 2)[0, 0] == 0.5  # the other half falls outside
+
+
+# --- blur ---
+
+
+@pytest.mark.parametrize("length", [1.0, 7.5, 30.0])
+@pytest.mark.parametrize("bend", [0.0, 60.0, 400.0])
+def test_motion_kernels_sum_to_1_and_do_not_shift_the_image(length: float, bend: float) -> None:
+    motion = MotionBlur(length=length, bend=bend)
+    for seed in range(20):
+        kernel = motion.kernel(random(seed))
+        assert kernel.shape == (2 * motion.margin() + 1,) * 2
+        assert kernel.min() >= 0
+        assert kernel.sum() == pytest.approx(1, abs=1e-12)
+        for axis in np.mgrid[0 : kernel.shape[0], 0 : kernel.shape[1]]:
+            assert (axis * kernel).sum() == pytest.approx(motion.margin(), abs=1e-9)
+
+
+def test_straight_motion_has_its_length_and_any_direction() -> None:
+    """The variance along a straight path of length L is L^2 / 12, and a pixel's width more."""
+    angles = []
+    for seed in range(100):
+        kernel = MotionBlur(length=24.0, bend=0.0).kernel(random(seed))
+        rows, columns = (axis - (axis * kernel).sum() for axis in np.mgrid[0 : kernel.shape[0], 0 : kernel.shape[1]])
+        moments = [[(a * b * kernel).sum() for a in (rows, columns)] for b in (rows, columns)]
+        across, along = np.linalg.eigvalsh(moments)
+        assert along == pytest.approx(24**2 / 12, rel=0.03)
+        assert across < 0.3
+        angles.append(math.atan2(2 * moments[0][1], moments[1][1] - moments[0][0]))
+    assert abs(np.exp(1j * np.array(angles)).mean()) < 0.25
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.7, 2.5])
+def test_gaussian_kernels_have_their_width(sigma: float) -> None:
+    kernel = gaussian(sigma, 12)
+    assert kernel.sum() == pytest.approx(1, abs=1e-12)
+    assert ((np.arange(-12, 13)) ** 2 * kernel).sum() == pytest.approx(sigma**2, rel=0.02)
+
+
+@pytest.mark.parametrize("degradation", [MotionBlur(), GaussianBlur()], ids=repr)
+def test_blur_keeps_the_mean_and_flat_images(tmp_path: Path, degradation: MotionBlur | GaussianBlur) -> None:
+    margin = degradation.margin()
+    flat = torch.full((3, 20 + 2 * margin, 30 + 2 * margin), 100 / 255)
+    torch.testing.assert_close(degradation.degrade(flat, random()), flat[:, :20, :30], atol=1e-5, rtol=0)
+    write_images(tmp_path / "gt", 1, (96, 96))
+    [pair] = open_val_set(ValSet(name="a", gt=f"{tmp_path}/gt", degradation=degradation), 1)
+    assert pair.lq.shape == pair.gt.shape
+    assert pair.lq.mean().item() == pytest.approx(pair.gt.mean().item(), abs=0.01)  # the mirrored border counts too
+    assert pair.lq.std() < pair.gt.std()
+
+
+def test_blur_looks_beyond_the_patch(tmp_path: Path) -> None:
+    """A patch is blurred as a part of its image, not as an image of its own."""
+    write_images(tmp_path / "gt", 1, (80, 80))
+    degradation = GaussianBlur(sigma=2.0)
+    [whole] = open_val_set(ValSet(name="a", gt=f"{tmp_path}/gt", degradation=degradation), 1)
+    samples = opened(tmp_path, degradation)
+    blurred = {
+        whole.lq[:, top : top + 32, left : left + 32].numpy().tobytes() for top in range(49) for left in range(49)
+    }
+    turned = [samples.sample(0, step, 0)[0] for step in range(40)]
+    found = sum(image.contiguous().numpy().tobytes() in blurred for image in turned)
+    assert found >= 2  # an eighth of the patches keeps the image's orientation
+    assert all(image.shape == (3, 32, 32) for image in turned)
+
+
+def test_correlate_is_the_convolution_of_torch() -> None:
+    image = torch.rand(3, 12, 15, dtype=torch.float64)
+    kernel = np.random.default_rng(0).random((5, 3))
+    expected = torch.conv2d(image[:, None], torch.from_numpy(kernel)[None, None])[:, 0]
+    torch.testing.assert_close(correlate(image, kernel), expected)
 
 
 # --- bicubic ---

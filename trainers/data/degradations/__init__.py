@@ -8,9 +8,10 @@ from pydantic import Field
 
 from trainers.data.degradations.base import Degradation
 from trainers.data.degradations.bicubic import Bicubic
+from trainers.data.degradations.blur import GaussianBlur, MotionBlur
 from trainers.data.degradations.noise import Noise
 from trainers.data.degradations.rain import Rain
 
-__all__ = ["AnyDegradation", "Bicubic", "Degradation", "Noise", "Rain"]
+__all__ = ["AnyDegradation", "Bicubic", "Degradation", "GaussianBlur", "MotionBlur", "Noise", "Rain"]
 
-AnyDegradation = Annotated[Bicubic | Noise | Rain, Field(discriminator="name")]
+AnyDegradation = Annotated[Bicubic | Noise | Rain | MotionBlur | GaussianBlur, Field(discriminator="name")]

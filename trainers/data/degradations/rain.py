@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from trainers.data.degradations.base import Degradation, as_stored
+from trainers.data.degradations.splat import splat
 from trainers.fields import Span, draw, most
 
 ACROSS = 4  # points side by side that make up a streak's width
@@ -65,22 +66,4 @@ class Rain(Degradation):
         along = along * length
         rows = y + along * np.cos(angle) - across * np.sin(angle)  # (count, steps, ACROSS)
         columns = x + along * np.sin(angle) + across * np.cos(angle)
-        return splat(rows, columns, np.broadcast_to(mass, rows.shape), height, width)
-
-
-def splat(
-    rows: npt.NDArray[np.float64],
-    columns: npt.NDArray[np.float64],
-    mass: npt.NDArray[np.float64],
-    height: int,
-    width: int,
-) -> npt.NDArray[np.float32]:
-    """Points between pixels -> (height, width): each gives its mass to the four pixels around it, by nearness."""
-    top, left = np.floor(rows), np.floor(columns)
-    image = np.zeros(height * width)
-    for row, column in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
-        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        share = (1 - np.abs(rows - row)) * (1 - np.abs(columns - column)) * mass
-        index = (row[inside] * width + column[inside]).astype(np.int64)
-        image += np.bincount(index, share[inside], minlength=height * width)
-    return image.reshape(height, width).astype(np.float32)
+        return splat(rows, columns, np.broadcast_to(mass, rows.shape), height, width).astype(np.float32)
