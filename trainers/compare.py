@@ -133,11 +133,11 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
             problems.append(_unlike("validation sets", first, ", ".join(first.sets), run, ", ".join(run.sets)))
             continue
         for name in first.sets:
-            images, others = (r.result["sets"][name]["bicubic"]["per_image"] for r in (first, run))
+            images, others = (r.result["sets"][name][r.baseline]["per_image"] for r in (first, run))
             if images != others:
                 problems.append(
-                    f"validation set {name}: {first.label} and {run.label} have other images or other scores of bicubic on them, so "
-                    "their own scores cannot be compared; run both on the same set"
+                    f"validation set {name}: {first.label} and {run.label} have other images or other scores of the "
+                    f"{first.baseline} on them, so their own scores cannot be compared; run both on the same set"
                 )
     if problems:
         raise InputError(problems)
@@ -183,7 +183,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
     first = runs[0]
     sets: dict[str, Any] = {}
     for name in first.sets:
-        sets[name] = {"bicubic": first.score(name, "bicubic"), **{run.label: run.score(name) for run in runs}}
+        sets[name] = {first.baseline: first.score(name, first.baseline), **{run.label: run.score(name) for run in runs}}
         if taught := report.with_teacher(runs):
             sets[name]["teacher"] = taught.score(name, "teacher")
     missing = [method for method in BASELINES if all(run.method != method for run in runs)]
@@ -212,7 +212,7 @@ def headline(runs: Sequence[Run]) -> str:
     best, second, *_ = ranked = sorted(runs, key=lambda run: -run.psnr(name))
     reached = f"{best.psnr(name):.2f}"
     gaps = [report.gap(best.psnr(name) - run.psnr(name)) for run in ranked[1:]]
-    over = f"{report.gap(best.psnr(name) - best.psnr(name, 'bicubic'))} bicubic"
+    over = f"{report.gap(best.psnr(name) - best.psnr(name, best.baseline))} {report.REFERENCES[best.baseline]}"
     if len(runs) > 2:
         others = ", ".join(f"{gap} {run.label}" for gap, run in zip(gaps, ranked[1:], strict=True))
         return f"{best.label} ends highest on {name} with {reached} dB: {others}, {over}."
@@ -232,7 +232,8 @@ def remarks(runs: Sequence[Run], missing: Sequence[str]) -> list[str]:
     ahead = sum(images[image]["psnr"] > others[image]["psnr"] for image in images)
     taught = report.with_teacher(runs)
     found = [
-        f"Mean PSNR over {report.count(first, name)} by protocol {first.result['protocol']}; bicubic {first.psnr(name, 'bicubic'):.2f} dB"
+        f"Mean PSNR over {report.count(first, name)} by protocol {first.result['protocol']}; "
+        f"{first.baseline} {first.psnr(name, first.baseline):.2f} dB"
         + (f", teacher {taught.psnr(name, 'teacher'):.2f} dB. " if taught else ". ")
         + f"{best.label} is ahead of {second.label} on {ahead} of {report.count(first, name)}.",
         equal_time(runs),

@@ -1,7 +1,7 @@
 """Crops of restored images side by side, embedded as PNG, at a zoom that keeps pixels square.
 
-Where to look is decided by bicubic's error alone: the windows that interpolation restores worst. No method has a say in it, so no method is
-flattered by it.
+Where to look is decided by the baseline's error alone (bicubic upsampling, or the input where it has the same size): its worst
+windows. No method has a say in it, so no method is flattered by it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def read(path: Path) -> Pixels:
         return np.asarray(image.convert("RGB"))
 
 
-def worst_windows(bicubic: Pixels, gt: Pixels, scale: int, count: int = 2) -> list[Window]:
-    """The `count` windows that bicubic restores worst (mean squared error), not overlapping, on the grid of the degraded image."""
+def worst_windows(baseline: Pixels, gt: Pixels, scale: int, count: int = 2) -> list[Window]:
+    """The `count` windows in which the baseline is worst (mean squared error), not overlapping, on the grid of the degraded image."""
     size = min(WINDOW, *gt.shape[:2]) // scale * scale
-    error = np.square(bicubic.astype(np.float64) - gt).mean(axis=2)
+    error = np.square(baseline.astype(np.float64) - gt).mean(axis=2)
     total = np.pad(error.cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
     sums = (total[size:, size:] - total[:-size, size:] - total[size:, :-size] + total[:-size, :-size])[::scale, ::scale]
     windows = []

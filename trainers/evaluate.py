@@ -1,9 +1,10 @@
-"""Measuring networks: quality on a validation set, parameters, multiply-accumulates; and bicubic upsampling beside them."""
+"""Measuring networks: quality on a validation set, parameters, multiply-accumulates; and what they have to beat beside them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainers.data.resize import imresize
 from trainers.data.sets import ValPair
 from trainers.metrics import Protocol
+from trainers.results import baseline_name
 
 Restorer = Callable[[Tensor], Tensor]  # (1, 3, h, w) -> (1, 3, scale * h, scale * w), both RGB in [0, 1]
 
@@ -59,6 +61,11 @@ def eval_mode(restorer: Restorer) -> Iterator[None]:
 def bicubic(lq: Tensor, scale: int) -> Tensor:
     """MATLAB's bicubic upsampling, the baseline of super-resolution: (..., h, w) -> (..., scale * h, scale * w), clipped to [0, 1]."""
     return imresize(lq, float(scale)).clamp(0, 1)
+
+
+def baseline(scale: int) -> tuple[str, Restorer]:
+    """What a network has to beat, and its name in results: bicubic upsampling, or the input as it is."""
+    return baseline_name(scale), (lambda lq: lq.clamp(0, 1)) if scale == 1 else partial(bicubic, scale=scale)
 
 
 def count_parameters(network: nn.Module) -> int:

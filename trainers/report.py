@@ -11,8 +11,9 @@ from trainers import crops, page
 from trainers.charts import Level, Series, line_chart
 from trainers.models import find
 from trainers.results import Run, flat, load_run
+from trainers.tasks import TASKS
 
-REFERENCES = {"bicubic": "bicubic", "teacher": "its teacher"}
+REFERENCES = {"bicubic": "bicubic", "input": "the input", "teacher": "its teacher"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -79,7 +80,7 @@ def gap(difference: float) -> str:
 
 def count(run: Run, set_name: str) -> str:
     """How many images a set has: "2 images"."""
-    number = len(run.result["sets"][set_name]["bicubic"]["per_image"])
+    number = len(run.result["sets"][set_name][run.baseline]["per_image"])
     return f"{number} image{'s' if number != 1 else ''}"
 
 
@@ -114,7 +115,8 @@ def _kicker(run: Run) -> str:
 
 def task(run: Run) -> str:
     """The task in words: "super-resolution ×2"."""
-    return f"super-resolution ×{run.result['scale']}" if run.result["task"] == "sr" else str(run.result["task"])
+    words = TASKS[run.result["task"]].text
+    return f"{words} ×{run.result['scale']}" if run.result["scale"] > 1 else words
 
 
 def _network(description: dict[str, Any]) -> str:
@@ -134,14 +136,14 @@ def with_teacher(runs: Sequence[Run]) -> Run | None:
 
 
 def results_table(runs: Sequence[Run]) -> str:
-    """Bicubic, students and teacher: PSNR and SSIM of every set, size and cost."""
-    sets, first = runs[0].sets, runs[0]
+    """The baseline, students and teacher: PSNR and SSIM of every set, size and cost."""
+    sets, first, baseline = runs[0].sets, runs[0], runs[0].baseline
     where = [f", {name}" if len(sets) > 1 else "" for name in sets]
-    heads = ["", "network", *(h for w in where for h in (f"PSNR{w} (dB)", f"SSIM{w}")), "gain over bicubic (dB)"]
+    heads = ["", "network", *(h for w in where for h in (f"PSNR{w} (dB)", f"SSIM{w}")), f"gain over {baseline} (dB)"]
     heads += ["parameters", "MACs", "training time", "steps/s"]
     best = {name: max(run.psnr(name) for run in runs) for name in sets}
     top = max(run.psnr(sets[0], who) for run in runs for who in ("student", "teacher") if run.score(sets[0], who))
-    span = max(top - first.psnr(sets[0], "bicubic"), 1e-9)
+    span = max(top - first.psnr(sets[0], baseline), 1e-9)
 
     def row(run: Run, who: str, label: str, colour: int, cost: list[str]) -> list[str]:
         scores = [run.result["sets"][name][who] for name in sets]
@@ -149,17 +151,18 @@ def results_table(runs: Sequence[Run]) -> str:
         for name, score in zip(sets, scores, strict=True):
             bold = ' class="best"' if who == "student" and len(runs) > 1 and score["psnr"] == best[name] else ""
             cells += [f"<td{bold}>{score['psnr']:.2f}</td>", f"{score['ssim']:.4f}"]
-        gain = scores[0]["psnr"] - run.psnr(sets[0], "bicubic")
+        gain = scores[0]["psnr"] - run.psnr(sets[0], baseline)
         bar = f'<span class="bar" style="width: {90 * max(gain, 0) / span:.0f}px; background: var(--c{colour % 6})"></span>'
         return [
             label,
             cost[0],
             *cells,
-            f'<td class="text">{signed(gain)}{bar}</td>' if who != "bicubic" else "",
+            f'<td class="text">{signed(gain)}{bar}</td>' if who != baseline else "",
             *cost[1:],
         ]
 
-    rows = [row(first, "bicubic", "bicubic", 4, ['<td class="text">interpolation</td>', "", "", "", ""])]
+    what = "interpolation" if baseline == "bicubic" else "as it is"
+    rows = [row(first, baseline, baseline, 4, [f'<td class="text">{what}</td>', "", "", "", ""])]
     for index, run in enumerate(runs):
         student = run.result["student"]
         speed = f"{run.steps / run.seconds:.1f}" if run.seconds else ""
@@ -190,11 +193,11 @@ def _weights_measured(run: Run) -> str:
 
 def per_image_table(runs: Sequence[Run], set_name: str) -> str:
     """PSNR and SSIM of every image of one set."""
-    columns = [(runs[0], "bicubic", "bicubic"), *((run, "student", run.label) for run in runs)]
+    columns = [(runs[0], runs[0].baseline, runs[0].baseline), *((run, "student", run.label) for run in runs)]
     if taught := with_teacher(runs):
         columns.append((taught, "teacher", "teacher"))
     rows = []
-    for image in runs[0].result["sets"][set_name]["bicubic"]["per_image"]:
+    for image in runs[0].result["sets"][set_name][runs[0].baseline]["per_image"]:
         scores = [run.result["sets"][set_name][who]["per_image"][image] for run, who, _ in columns]
         best = max(s["psnr"] for s, (_, who, _) in zip(scores, columns, strict=True) if who == "student")
         cells = [html.escape(image)]
@@ -213,7 +216,7 @@ def curves(runs: Sequence[Run]) -> str:
     """Validation PSNR per step and per second, every loss, and how strong each weighted term's gradient is."""
     charts = []
     for name in runs[0].sets:
-        levels = [Level("bicubic", runs[0].psnr(name, "bicubic"))]
+        levels = [Level(runs[0].baseline, runs[0].psnr(name, runs[0].baseline))]
         if taught := with_teacher(runs):
             levels.append(Level("teacher", taught.psnr(name, "teacher")))
         for axis, label in (("step", "training step"), ("seconds", "training time (s)")):
@@ -256,17 +259,18 @@ def _percent(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def crops_section(runs: Sequence[Run]) -> str:
-    """LR | bicubic | students | teacher | HR of every saved image; "" when no images were saved."""
+    """LR | baseline | students | teacher | HR of every saved image; "" when no images were saved."""
     blocks = [
         _image_block(runs, name, image)
         for name in runs[0].sets
-        for image in runs[0].result["sets"][name]["bicubic"]["per_image"]
+        for image in runs[0].result["sets"][name][runs[0].baseline]["per_image"]
         if all((run.folder / "images" / name / f"{image}_student.png").is_file() for run in runs)
     ]
     if not blocks:
         return ""
+    worst = "that bicubic restores worst" if runs[0].baseline == "bicubic" else "in which the input is worst"
     note = (
-        "The two windows of each image are those that bicubic restores worst: the choice does not depend on any method. One pixel "
+        f"The two windows of each image are those {worst}: the choice does not depend on any method. One pixel "
         "of HR is shown as three by three. PSNR is that of the whole image."
     )
     box = '<input type="checkbox" id="errors">'
@@ -276,8 +280,9 @@ def crops_section(runs: Sequence[Run]) -> str:
 
 def _image_block(runs: Sequence[Run], set_name: str, image: str) -> str:
     folder, scale = runs[0].folder / "images" / set_name, int(runs[0].result["scale"])
-    gt, lq, bicubic = (crops.read(folder / f"{image}_{kind}.png") for kind in ("gt", "lq", "bicubic"))
-    restored = [("bicubic", bicubic, runs[0].score(set_name, "bicubic"))]
+    baseline = runs[0].baseline
+    gt, lq, worse = (crops.read(folder / f"{image}_{kind}.png") for kind in ("gt", "lq", baseline))
+    restored = [(baseline, worse, runs[0].score(set_name, baseline))]
     for run in runs:
         own = crops.read(run.folder / "images" / set_name / f"{image}_student.png")
         restored.append((run.label, own, run.score(set_name)))
@@ -285,10 +290,11 @@ def _image_block(runs: Sequence[Run], set_name: str, image: str) -> str:
     if taught and (path := taught.folder / "images" / set_name / f"{image}_teacher.png").is_file():
         restored.append(("teacher", crops.read(path), taught.score(set_name, "teacher")))
     rows = []
-    for window in crops.worst_windows(bicubic, gt, scale):
+    for window in crops.worst_windows(worse, gt, scale):
         truth = crops.cut(gt, window)
         cells = [_cell(crops.locator(gt, window), "where", f"{gt.shape[1]} × {gt.shape[0]}")]
-        cells.append(_cell(_picture(crops.cut(lq, window, scale), "LR"), "LR", f"1/{scale} of the size"))
+        if scale > 1:
+            cells.append(_cell(_picture(crops.cut(lq, window, scale), "LR"), "LR", f"1/{scale} of the size"))
         for label, pixels, score in restored:
             patch = crops.cut(pixels, window)
             error = _picture(crops.error_map(patch, truth), f"error of {label}", "error")

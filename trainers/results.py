@@ -36,6 +36,11 @@ class Run:
         return str(self.result["method"])
 
     @property
+    def baseline(self) -> str:
+        """What restored images are compared with: "bicubic" upsampling, or the "input" itself where it has the same size."""
+        return baseline_name(int(self.result["scale"]))
+
+    @property
     def steps(self) -> int:
         return int(self.result["steps"])
 
@@ -49,7 +54,7 @@ class Run:
         return list(self.result["sets"])
 
     def score(self, set_name: str, who: str = "student") -> dict[str, Any] | None:
-        """{"psnr", "ssim", "per_image"} of "bicubic", "student" or "teacher" on a validation set; None where there is none."""
+        """{"psnr", "ssim", "per_image"} of the baseline, "student" or "teacher" on a validation set; None where there is none."""
         found: dict[str, Any] | None = self.result["sets"][set_name].get(who)
         return found
 
@@ -87,6 +92,11 @@ def load_run(folder: Path) -> Run:
     settings: dict[str, Any] = yaml.safe_load(_text(folder / "config.yaml")) or {}
     command = _text(folder / "command.txt").strip()
     return Run(folder, str(result["method"]), result, metrics, settings, environment, command)
+
+
+def baseline_name(scale: int) -> str:
+    """ "bicubic" or, for tasks that keep the size of an image, "input"."""
+    return "input" if scale == 1 else "bicubic"
 
 
 def _text(path: Path) -> str:

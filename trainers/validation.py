@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from trainers.checkpoint import replace_file
 from trainers.config import Config
 from trainers.data.images import write_png
 from trainers.data.sets import ValPair, open_val_set
-from trainers.evaluate import bicubic, count_macs, count_parameters, evaluate
+from trainers.evaluate import baseline, count_macs, count_parameters, evaluate
 from trainers.metrics import PROTOCOLS
 from trainers.run_folder import RunFolder, environment
 
@@ -51,15 +50,12 @@ class Validation:
 def write_results(
     validation: Validation, student: nn.Module, folder: RunFolder, *, seconds: float, best: dict[str, float] | None
 ) -> None:
-    """Measures bicubic, student and teacher; writes result.json, images/ and report.html."""
+    """Measures the baseline, student and teacher; writes result.json, images/ and report.html."""
     from trainers.report import write_report
 
     run = validation.config
     student = networks.any_size(run.student, student)
-    restorers: dict[str, Callable[[Tensor], Tensor]] = {
-        "bicubic": partial(bicubic, scale=run.scale),
-        "student": student,
-    }
+    restorers: dict[str, Callable[[Tensor], Tensor]] = dict([baseline(run.scale)]) | {"student": student}
     if run.teacher is not None:
         built = networks.build_network(run.teacher, "teacher").eval().requires_grad_(False)
         teacher = networks.any_size(run.teacher, built)
@@ -102,7 +98,7 @@ def save_images(
     pair: ValPair,
     restorers: dict[str, Callable[[Tensor], Tensor]],
 ) -> None:
-    """images/<set>/<image>_{lq,bicubic,student,teacher,gt}.png."""
+    """images/<set>/<image>_{lq,<baseline>,student,teacher,gt}.png."""
     target = folder.path / "images" / set_name
     target.mkdir(parents=True, exist_ok=True)
     write_png(target / f"{pair.name}_lq.png", pair.lq)

@@ -134,6 +134,16 @@ def test_crops_lie_on_the_grid_of_the_degraded_image(fake_run, scale: int) -> No
         assert window.left + window.size <= gt.shape[1]
 
 
+def test_a_task_that_keeps_the_size_is_compared_with_its_input(fake_run) -> None:
+    run = fake_run(scale=1, task="denoise", protocol="denoise-rgb")
+    document = Document(write_report(run).read_text())
+    assert "1.37 dB above the input" in document.text
+    assert document.row("input")[2:4] == ["29.87", "0.8912"]
+    assert "denoising" in document.text
+    assert document.pictures("LR") == document.pictures("bicubic") == []
+    assert document.pictures("input")
+
+
 def test_worst_windows_are_where_bicubic_errs_and_do_not_overlap() -> None:
     gt = np.zeros((200, 300, 3), np.uint8)
     bicubic = gt.copy()
