@@ -63,13 +63,18 @@ def network_problems(config: Config) -> list[str]:
         if not wrong:
             tapped[role] = Tapped(built, paths)
     if len(tapped) == 2 and not problems:
-        problems += [f"taps: {text}" for text in _tap_size_problems(tapped, config.data.patch // config.scale)]
+        problems += [f"taps: {text}" for text in _tap_size_problems(tapped, first_input(config))]
     return problems
 
 
+def first_input(config: Config) -> torch.Tensor:
+    """Black, of the size that training has."""
+    side = config.data.patch // config.scale
+    return torch.zeros(1, 1 if config.data.grey else 3, side, side)
+
+
 @torch.no_grad()
-def _tap_size_problems(tapped: dict[str, Tapped], side: int) -> list[str]:
-    image = torch.zeros(1, 3, side, side)
+def _tap_size_problems(tapped: dict[str, Tapped], image: torch.Tensor) -> list[str]:
     try:
         Adapters(tapped["student"](image)[1], tapped["teacher"](image)[1])
     except InputError as error:

@@ -11,6 +11,7 @@ from trainers.architectures import Network, described, entry, has_scale, options
 from trainers.data.degradations import AnyDegradation, Bicubic
 from trainers.fields import PHOTOS, Auto, PathText, Section, Share, base_folder, shape_of
 from trainers.methods import AnyMethodOptions
+from trainers.metrics import PROTOCOLS
 from trainers.tasks import TASKS
 
 Scale = Literal[1, 2, 3, 4, 8]
@@ -62,7 +63,7 @@ class Data(Section):
     degradation: AnyDegradation | None = Bicubic()
     """How inputs are made where there is no folder of them; the default is the task's."""
     grey: bool = False
-    """Read all images as grey: three equal channels, degraded alike."""
+    """Read all images as grey, with one channel, for networks of one channel."""
     patch: int = Field(default=96, ge=1)
     """Side of a training patch in pixels of the ground truth."""
     batch: int = Field(default=16, ge=1)
@@ -162,7 +163,9 @@ class Config(Section):
         if task is None or not isinstance(scale, int) or scale not in SCALES:
             return given  # the task or the scale itself is the mistake
         filled: dict[str, Any] = {"scale": scale}
-        for section, defaults in task.defaults().items():
+        data = given.get("data")
+        grey = isinstance(data, dict) and data.get("grey") is True
+        for section, defaults in task.defaults(grey=grey).items():
             if isinstance(given.get(section, {}), dict):
                 filled[section] = defaults | given.get(section, {})
         for role in ("teacher", "student"):
@@ -212,6 +215,9 @@ def network_contradictions(config: Config, role: str, network: Network) -> Itera
         else:
             advice = "choose another"
             yield f"{role}.arch", f"{network.arch} keeps the size of an image, but the run's scale is {scale}: {advice}"
+    if (entry(network).image_channels(chosen) == 1) != config.data.grey:
+        sees, needed = ("colour", "false") if config.data.grey else ("grey", "true")
+        yield "data.grey", f"the {role} sees {sees} images: set data.grey to {needed}, or choose another network"
     unit = scale * entry(network).multiple_of(chosen)
     if patch % unit:
         yield "data.patch", f"{patch} is not a multiple of {unit}, as the {role} at scale {scale} needs"
@@ -236,6 +242,11 @@ def data_contradictions(config: Config) -> list[tuple[str, str]]:
             found.append((key, "nothing makes the inputs: give lq, a folder of them, or data.degradation"))
         elif lq is None and degradation is not None and config.scale > 1 and not isinstance(degradation, Bicubic):
             found.append((key, f"{degradation.name} keeps the size of an image, but the scale is {config.scale}"))
+    if data.grey != PROTOCOLS[config.val.protocol].grey:
+        fitting = ", ".join(name for name, protocol in PROTOCOLS.items() if protocol.grey == data.grey)
+        found.append(
+            ("val.protocol", f"{config.val.protocol} is not for {'grey' if data.grey else 'colour'} images: {fitting}")
+        )
     names = [entry.name for entry in data.val]
     found += [("data.val", f"two sets are called {name}") for name in sorted({n for n in names if names.count(n) > 1})]
     return found

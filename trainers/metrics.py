@@ -27,19 +27,23 @@ class Protocol:
     """Colour space, range, rounding and border in one sentence, to stand beside every number."""
     prepare: Callable[[Tensor, int], Tensor]
     """(image (3, H, W) in [0, 1], scale) -> what is compared, (C, H', W'), float64 in 0..255."""
+    grey: bool = False
+    """Whether it measures grey images (1, H, W) too."""
 
     def measure(self, restored: Tensor, gt: Tensor, scale: int) -> dict[str, float]:
         """PSNR in dB (inf for equal images) and SSIM of one image.
 
-        restored, gt  RGB (3, H, W), floating, [0, 1]; values of `restored` outside it are clipped
+        restored, gt  RGB (3, H, W), or grey (1, H, W) where the protocol knows it; floating, [0, 1]; values of `restored`
+                      outside it are clipped
         Raises ValueError for other shapes, images of different size or too small for SSIM's window, TypeError for
         integer images.
         """
         for name, image in (("restored", restored), ("gt", gt)):
             if not image.is_floating_point():
                 raise TypeError(f"{name} must be floating in [0, 1], got {image.dtype}; divide by 255 first")
-            if image.dim() != 3 or image.shape[0] != 3:
-                raise ValueError(f"{name} must be one RGB image (3, H, W), got shape {tuple(image.shape)}")
+            if image.dim() != 3 or image.shape[0] not in ((1, 3) if self.grey else (3,)):
+                known = "one grey (1, H, W) or RGB image (3, H, W)" if self.grey else "one RGB image (3, H, W)"
+                raise ValueError(f"{name} must be {known}, got shape {tuple(image.shape)}")
         if restored.shape != gt.shape:
             raise ValueError(
                 f"restored {tuple(restored.shape)} and gt {tuple(gt.shape)} differ in size; crop gt to match"
@@ -68,7 +72,7 @@ def rgb(image: Tensor, scale: int) -> Tensor:
 
 
 def grey(image: Tensor, scale: int) -> Tensor:
-    """Rounded to 8 bits, the mean of the (for a grey image equal) channels: (1, H, W)."""
+    """Rounded to 8 bits, the mean of the channels: (1, H, W)."""
     return to_8_bits(image).mean(dim=0, keepdim=True)
 
 
@@ -97,8 +101,9 @@ PROTOCOLS = {
         *(Protocol(name, RGB_TEXT, rgb) for name in ("denoise-rgb", "deblur-rgb", "dehaze-rgb")),
         Protocol(
             "denoise-grey",
-            "PSNR and SSIM on grey (mean of the three channels, 0-255, peak 255) clipped and rounded to 8 bits, with the border",
+            "PSNR and SSIM on grey (of RGB the mean of the channels; 0-255, peak 255) clipped and rounded to 8 bits, with the border",
             grey,
+            grey=True,
         ),
     ]
 }

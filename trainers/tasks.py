@@ -22,11 +22,13 @@ class Task:
     """Makes the inputs where there is no folder of them; None: there must be one."""
     protocol: str
     """How its results are usually measured."""
+    grey_protocol: str = "denoise-grey"
+    """The same for grey images."""
 
-    def defaults(self) -> dict[str, Any]:
+    def defaults(self, *, grey: bool) -> dict[str, Any]:
         """What a config of this task need not say."""
         made = self.degradation and self.degradation.model_dump()
-        return {"data": {"degradation": made}, "val": {"protocol": self.protocol}}
+        return {"data": {"degradation": made}, "val": {"protocol": self.grey_protocol if grey else self.protocol}}
 
 
 TASKS = {

@@ -111,10 +111,11 @@ def save_images(
 def description(network: Network, built: nn.Module, scale: int) -> dict[str, Any]:
     """{"arch", "options", "params", "macs"} of a network."""
     height, width = (size // scale for size in MACS_OUTPUT)
-    options = architectures.options(network).model_dump(mode="json")
+    options = architectures.options(network)
+    channels = architectures.entry(network).image_channels(options)
     return {
         "arch": network.arch,
-        "options": options,
+        "options": options.model_dump(mode="json"),
         "params": count_parameters(built),
-        "macs": count_macs(built, (1, 3, height, width)),
+        "macs": count_macs(built, (1, channels, height, width)),
     }

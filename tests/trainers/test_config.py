@@ -124,6 +124,11 @@ def test_the_method_block(tmp_path: Path, change: str, said: str) -> None:
             "data.degradation.sigma: must be a number or [least, most], but is 'high'",
         ),
         (["task=dehaze"], "data.train: nothing makes the inputs: give lq"),
+        (["task=denoise", "data.grey=true"], "data.grey: the student sees colour images: set data.grey to false"),
+        (
+            ["task=denoise", "data.grey=true", "val.protocol=denoise-rgb"],
+            "val.protocol: denoise-rgb is not for grey images: denoise-grey",
+        ),
         (["task=denose"], "--set task=denose: task: Input should be 'sr', 'denoise'"),
         (["train.step=10"], "--set train.step=10: train.step: unknown key; did you mean steps?"),
         (["train.lr=fast"], "--set train.lr=fast: train.lr: Input should be a valid number"),

@@ -116,7 +116,11 @@ def test_rgb_and_grey_in_numpy() -> None:
     colour = PROTOCOLS["denoise-rgb"].measure(restored, gt, 1)
     assert colour["psnr"] == pytest.approx(10 * np.log10(255**2 / np.mean((x - y) ** 2)), abs=1e-9)
     assert colour["ssim"] == pytest.approx(ssim(torch.from_numpy(x), torch.from_numpy(y)).item())
-    one_channel = PROTOCOLS["denoise-grey"].measure(restored[:1].expand(3, -1, -1), gt[:1].expand(3, -1, -1), 1)
+    one_channel = PROTOCOLS["denoise-grey"].measure(restored[:1], gt[:1], 1)
+    equal_channels = (image[:1].expand(3, -1, -1) for image in (restored, gt))
+    assert PROTOCOLS["denoise-grey"].measure(*equal_channels, 1)["psnr"] == pytest.approx(one_channel["psnr"], abs=1e-9)
+    with pytest.raises(ValueError, match="one RGB image"):
+        PROTOCOLS["denoise-rgb"].measure(restored[:1], gt[:1], 1)
     assert one_channel["psnr"] == pytest.approx(10 * np.log10(255**2 / np.mean((x[0] - y[0]) ** 2)), abs=1e-9)
 
 

@@ -65,10 +65,11 @@ def bits_per_channel(path: Path, image: Image.Image) -> int:
 
 
 def write_png(path: Path, image: Tensor) -> None:
-    """Writes (3, H, W), uint8 or float in [0, 1] (clipped and rounded), as PNG; makes the folder."""
+    """Writes (3, H, W) or grey (1, H, W), uint8 or float in [0, 1] (clipped and rounded), as PNG; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = image if image.dtype == torch.uint8 else to_uint8(image)
-    Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy()).save(path, format="PNG")
+    last = pixels.permute(1, 2, 0).cpu().contiguous().numpy()
+    Image.fromarray(last[..., 0] if last.shape[2] == 1 else last).save(path, format="PNG")
 
 
 def to_uint8(image: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def batches(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(step, lq, gt) for the steps from `start_step` up to but not including `stop_step`.
 
-    lq (n, 3, patch / scale, patch / scale) and gt (n, 3, patch, patch) are the samples `rows` of the step's effective batch,
+    lq (n, C, patch / scale, patch / scale) and gt (n, C, patch, patch) are the samples `rows` of the step's effective batch,
     float32 in [0, 1] (in pinned memory where there is a GPU). They do not depend on the number of workers; 0 makes them
     in this process. torch's global generator is not touched.
     InputError when an image turns out to be unreadable.

@@ -49,8 +49,8 @@ class TrainSet:
     ) -> None:
         """`patch` is the side of the ground-truth patch in pixels; InputError for images smaller than that.
 
-        `degradation` makes the inputs of pairs without an input file (None: bicubic downscaling). `grey` images have three
-        equal channels, degraded alike.
+        `degradation` makes the inputs of pairs without an input file (None: bicubic downscaling). `grey` images
+        have one channel, C = 1; others C = 3.
         """
         if patch % scale:
             raise InputError(f"data.patch: {patch} is not a multiple of the scale {scale}")
@@ -67,12 +67,12 @@ class TrainSet:
         self._epoch = np.repeat(np.arange(len(files)), patches)
 
     def sample(self, seed: int, step: int, index: int) -> tuple[Tensor, Tensor]:
-        """Sample `index` of the effective batch of `step`: lq (3, patch / scale, patch / scale), gt (3, patch, patch)."""
+        """Sample `index` of the effective batch of `step`: lq (C, patch / scale, patch / scale), gt (C, patch, patch)."""
         lq, gt = self.samples(seed, step, [index])
         return lq[0], gt[0]
 
     def samples(self, seed: int, step: int, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Several samples of a step: lq (n, 3, patch / scale, patch / scale), gt (n, 3, patch, patch), float32 in [0, 1]."""
+        """Several samples of a step: lq (n, C, patch / scale, patch / scale), gt (n, C, patch, patch), float32 in [0, 1]."""
         made = [self._sample(seed, step, index) for index in indices]
         lq, gt = (torch.stack(images) for images in zip(*made, strict=True))
         return lq, gt
@@ -92,7 +92,7 @@ class TrainSet:
         made = as_sample(lq)
         if degradation:
             made = degradation.degrade(made, generator("degrade", seed, step, index))
-        return made.expand(3, -1, -1), as_sample(gt).expand(3, -1, -1)
+        return made, as_sample(gt)
 
 
 def as_sample(pixels: Pixels) -> Tensor:
@@ -147,9 +147,9 @@ class ValPair(NamedTuple):
 
     name: str
     lq: Tensor
-    """(3, h, w), float32 in [0, 1]."""
+    """(C, h, w), float32; in [0, 1], but for noise, which is not clipped."""
     gt: Tensor
-    """(3, scale * h, scale * w), float32 in [0, 1]."""
+    """(C, scale * h, scale * w), float32 in [0, 1]; C = 1 for grey images, else 3."""
 
 
 class ValPairs:
@@ -171,7 +171,7 @@ class ValPairs:
             margin = degradation.margin()
             wide = window(lq.numpy(), -margin, -margin, lq.shape[1] + 2 * margin, lq.shape[2] + 2 * margin)
             made = degradation.degrade(as_sample(wide), generator(f"evaluate {files.name}"))
-        return ValPair(files.name, made.expand(3, -1, -1), to_float(gt).expand(3, -1, -1))
+        return ValPair(files.name, made, to_float(gt))
 
     def __iter__(self) -> Iterator[ValPair]:
         return (self[index] for index in range(len(self)))

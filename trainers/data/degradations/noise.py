@@ -15,8 +15,8 @@ from trainers.fields import Span, draw
 class Noise(Degradation):
     """input = gt + sigma / 255 * N(0, 1), independent for each pixel and channel; neither clipped nor rounded.
 
-    So are the noisy images of DnCNN, Restormer and their successors made, for training and for testing. On images that are
-    read as grey (`data.grey`) there is one channel of noise.
+    So are the noisy images of DnCNN, Restormer and their successors made, for training and for testing. Grey images
+    (`data.grey`) have one channel, and so has their noise.
     """
 
     name: Literal["noise"] = "noise"
