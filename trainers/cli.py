@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     init = _command(commands, "init", "write a commented config", _init)
     init.add_argument("path", nargs="?", type=Path, default=Path("run.yaml"), help="file to write (default: run.yaml)")
     init.add_argument("--method", default="facd", help="distillation method (default: facd)")
-    init.add_argument("--task", default="sr", choices=["sr"], help="task (default: sr)")
+    init.add_argument("--task", default="sr", help="sr, denoise, derain, deblur or dehaze (default: sr)")
     init.add_argument("--schema", action="store_true", help="print the JSON schema of configs, for editors, and stop")
 
     check = _command(commands, "check", "find every problem of a config and its data", _check)
@@ -113,11 +113,28 @@ def parser() -> argparse.ArgumentParser:
     evaluate = _command(commands, "eval", "measure a run, a checkpoint or weights on images", _eval)
     evaluate.add_argument("source", type=Path, help="run folder, checkpoint folder, .safetensors or .pth file")
     evaluate.add_argument(
-        "--data", action="append", metavar="NAME=FOLDER", help="images to measure on, or photos (default: photos)"
+        "--data",
+        action="append",
+        metavar="NAME=PLACE",
+        help="ground truths: a folder, an image, or photos (default: photos); may be repeated",
     )
-    evaluate.add_argument("--lq", type=Path, help="folder of degraded inputs (default: bicubic downscaling)")
-    evaluate.add_argument("--protocol", default="sr-y", help="how to measure (default: sr-y)")
+    evaluate.add_argument("--lq", type=Path, help="folder of degraded inputs, or the image (default: made on the fly)")
+    evaluate.add_argument("--lq-template", default="{}", help="name of an input, as in a config (default: {})")
+    evaluate.add_argument("--task", help="sr, denoise, derain, deblur or dehaze (default: the run's)")
+    evaluate.add_argument(
+        "--degradation", help="how inputs are made, e.g. '{name: noise, sigma: 15}' (default: the run's)"
+    )
+    evaluate.add_argument("--protocol", help="how to measure (default: the run's, or the task's)")
+    _inference_arguments(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
+
+    restore = _command(commands, "restore", "restore pictures with a run, a checkpoint or weights", _restore)
+    restore.add_argument("given", metavar="in", type=Path, help="a picture, or a folder of them")
+    restore.add_argument("out", type=Path, help="folder for the restored pictures (PNG), or a .png file for one")
+    source = restore.add_mutually_exclusive_group(required=True)
+    source.add_argument("--weights", type=Path, help="checkpoint folder, .safetensors or .pth file")
+    source.add_argument("--run", type=Path, dest="run_folder", help="run folder")
+    _inference_arguments(restore)
 
     compare = _command(
         commands, "compare", "put runs side by side in one report, and train those that are missing", _compare
@@ -148,6 +165,15 @@ def _command(
 def _config_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", type=Path, help="the YAML file")
     _set_argument(command)
+
+
+def _inference_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tile", type=int, help="restore tiles of so many pixels of the input, blended: less memory (default: whole)"
+    )
+    command.add_argument(
+        "--ensemble", action="store_true", help="average over the eight orientations: 8 times the work"
+    )
 
 
 def _set_argument(command: argparse.ArgumentParser) -> None:
@@ -212,10 +238,28 @@ def _resume(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from trainers.measure import measure, print_measured
+    from trainers.measure import Wanted, measure, print_measured
 
-    measured = measure(options.source, options.data or ["photos"], options.lq, options.protocol)
-    print_measured(measured, as_json=options.json)
+    wanted = Wanted(
+        data=options.data or ["photos"],
+        lq=options.lq,
+        lq_template=options.lq_template,
+        task=options.task,
+        degradation=options.degradation,
+        protocol=options.protocol,
+        tile=options.tile,
+        ensemble=options.ensemble,
+    )
+    print_measured(measure(options.source, wanted), as_json=options.json)
+    return 0
+
+
+def _restore(options: argparse.Namespace) -> int:
+    from trainers.restore import restore
+
+    source = options.weights or options.run_folder
+    for written in restore(options.given, options.out, source, tile=options.tile, ensemble=options.ensemble):
+        print(written)
     return 0
 
 

@@ -3,65 +3,132 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import torch
+import yaml
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from trainers.checkpoint import Checkpoints
-from trainers.config import ValSet
+from trainers.config import Data, ValSet
+from trainers.data.degradations import AnyDegradation
+from trainers.data.sets import open_val_set
 from trainers.errors import InputError
+from trainers.evaluate import baseline, evaluate
 from trainers.fields import PHOTOS
-from trainers.networks import AnySize, network_of_weights
-from trainers.pretrained import read_weights
+from trainers.metrics import PROTOCOLS, Protocol
+from trainers.sources import Source, open_source
+from trainers.tasks import TASKS, Task
 
 
-def measure(source: Path, data: list[str], lq: Path | None, protocol: str) -> dict[str, Any]:
-    """{"weights", "arch", "options", "protocol", "sets": {name: {"bicubic": ..., "network": ...}}}.
+@dataclass(frozen=True)
+class Wanted:
+    """What `kdtrain eval` was asked for. None: as in the run, or as the task has it."""
+
+    data: list[str]
+    """NAME=PLACE or PLACE of ground truths: a folder, an image or photos."""
+    lq: Path | None = None
+    """Folder of their inputs, or the one image; None makes them by the degradation."""
+    lq_template: str = "{}"
+    """As in a config."""
+    task: str | None = None
+    """Chooses degradation and protocol."""
+    degradation: str | None = None
+    """As in a config, in YAML: {name: noise, sigma: 15}."""
+    protocol: str | None = None
+    """How to measure."""
+    tile: int | None = None
+    """Side of a tile in pixels of the input; None restores images whole."""
+    ensemble: bool = False
+    """Average over the eight orientations."""
+
+
+def measure(source: Path, wanted: Wanted) -> dict[str, Any]:
+    """{"weights", "arch", "options", "task", "protocol", "baseline", "sets": {name: {<baseline>: ..., "network": ...}}}.
 
     Args:
         source: a run folder (its last checkpoint), a checkpoint folder, or a file of weights.
-        data: NAME=FOLDER or FOLDER of ground truths, or photos.
-        lq: folder of degraded inputs; None downscales bicubically.
 
     Raises:
-        InputError: no weights, images or protocol there.
+        InputError: no weights, images, task or protocol there.
     """
-    from trainers.data.sets import open_val_set
-    from trainers.evaluate import bicubic, evaluate
-    from trainers.metrics import PROTOCOLS
-
-    if protocol not in PROTOCOLS:
-        raise InputError(f"there is no protocol {protocol}: choose one of {', '.join(PROTOCOLS)}")
-    weights = _weights(source)
-    entry, options, network = network_of_weights(read_weights(str(weights)))
-    scale = entry.scale(options)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = AnySize(network, entry, options).eval().to(device)
-    restorers: dict[str, Callable[[Tensor], Tensor]] = {
-        "bicubic": partial(bicubic, scale=scale),
-        "network": network,
-    }
+    opened = open_source(source)
+    task = chosen_task(opened, wanted)
+    protocol = chosen_protocol(opened, wanted, task)
+    data = Data(degradation=chosen_degradation(opened, wanted, task), grey=opened.grey)
+    restorer = opened.restorer(tile=wanted.tile, ensemble=wanted.ensemble)
+    worse_name, worse = baseline(opened.network.scale)
     sets = {}
-    for text in data:
-        chosen = _entry(text, lq)
-        pairs = open_val_set(chosen, scale)
+    for text in wanted.data:
+        chosen = chosen_set(text, wanted)
+        if chosen.lq is None and data.degradation is None:
+            raise InputError(f"--data {text}: task {task.name} makes no inputs by itself: give --lq or --degradation")
+        pairs = open_val_set(chosen, opened.network.scale, data)
         sets[chosen.name] = {
-            who: evaluate(restorer, pairs, PROTOCOLS[protocol], scale, device) for who, restorer in restorers.items()
+            who: evaluate(one, pairs, protocol, opened.network.scale, opened.device)
+            for who, one in ((worse_name, worse), ("network", restorer))
         }
     return {
-        "weights": str(weights),
-        "arch": entry.name,
-        "options": options.model_dump(mode="json"),
-        "protocol": protocol,
-        "protocol_text": PROTOCOLS[protocol].describe(),
+        "weights": str(opened.weights),
+        "arch": opened.entry.name,
+        "options": opened.options.model_dump(mode="json"),
+        "task": task.name,
+        "degradation": data.degradation and data.degradation.model_dump(mode="json"),
+        "tile": wanted.tile,
+        "ensemble": wanted.ensemble,
+        "protocol": protocol.name,
+        "protocol_text": protocol.describe(),
+        "baseline": worse_name,
         "sets": sets,
     }
+
+
+def chosen_task(opened: Source, wanted: Wanted) -> Task:
+    """The task that was asked for, that of the run, or super-resolution for a network that upscales."""
+    name = wanted.task or (opened.config and opened.config.task) or ("sr" if opened.network.scale > 1 else None)
+    if name is None:
+        raise InputError(f"{opened.weights} do not tell what they restore: give --task {', '.join(TASKS)}")
+    if name not in TASKS:
+        raise InputError(f"there is no task {name}: choose one of {', '.join(TASKS)}")
+    if (TASKS[name].scale == 1) != (opened.network.scale == 1):
+        raise InputError(f"--task {name} is not for a network of scale {opened.network.scale}")
+    return TASKS[name]
+
+
+def chosen_protocol(opened: Source, wanted: Wanted, task: Task) -> Protocol:
+    own = opened.config.val.protocol if opened.config and opened.config.task == task.name else None
+    name = wanted.protocol or own or (task.grey_protocol if opened.grey else task.protocol)
+    if name not in PROTOCOLS:
+        raise InputError(f"there is no protocol {name}: choose one of {', '.join(PROTOCOLS)}")
+    if opened.grey and not PROTOCOLS[name].grey:
+        raise InputError(f"--protocol {name} is for colour images, but the network restores grey ones")
+    return PROTOCOLS[name]
+
+
+def chosen_degradation(opened: Source, wanted: Wanted, task: Task) -> AnyDegradation | None:
+    if wanted.degradation is None:
+        same = opened.config is not None and opened.config.task == task.name
+        return opened.config.data.degradation if opened.config and same else task.degradation
+    try:
+        return Data.model_validate({"degradation": yaml.safe_load(wanted.degradation)}).degradation
+    except (yaml.YAMLError, ValidationError) as error:
+        known = ", ".join(kind.model_fields["name"].default for kind in get_args(get_args(AnyDegradation)[0]))
+        raise InputError(
+            f"--degradation {wanted.degradation}: write it as in a config, e.g. '{{name: noise, sigma: 15}}'; known: {known}\n{error}"
+        ) from None
+
+
+def chosen_set(text: str, wanted: Wanted) -> ValSet:
+    """NAME=PLACE or PLACE."""
+    name, equals, place = text.partition("=")
+    place = place if equals else text
+    name = name if equals else Path(text).stem
+    if place != PHOTOS and not Path(place).exists():
+        raise InputError(f"--data {text}: there is no folder or image {place}")
+    lq = None if wanted.lq is None else str(wanted.lq)
+    return ValSet.model_validate({"name": name, "gt": place, "lq": lq, "lq_template": wanted.lq_template})
 
 
 def print_measured(measured: dict[str, Any], *, as_json: bool) -> None:
@@ -70,39 +137,15 @@ def print_measured(measured: dict[str, Any], *, as_json: bool) -> None:
         print(json.dumps(measured, indent=1))
         return
     options = ", ".join(f"{key} {value}" for key, value in measured["options"].items())
-    console = Console()
+    console, worse = Console(), measured["baseline"]
     console.print(f"{measured['weights']}: {measured['arch']} ({options})", highlight=False, soft_wrap=True)
     console.print(measured["protocol_text"], highlight=False, soft_wrap=True)
-    table = Table("set", "image", "bicubic PSNR", "PSNR", "bicubic SSIM", "SSIM")
+    table = Table("set", "image", f"{worse} PSNR", "PSNR", f"{worse} SSIM", "SSIM")
     for name, scores in measured["sets"].items():
-        bicubic, network = scores["bicubic"], scores["network"]
-        rows = [(image, bicubic["per_image"][image], network["per_image"][image]) for image in network["per_image"]]
-        for image, before, after in [*rows, ("mean", bicubic, network)]:
-            table.add_row(
-                name,
-                image,
-                f"{before['psnr']:.3f}",
-                f"{after['psnr']:.3f}",
-                f"{before['ssim']:.4f}",
-                f"{after['ssim']:.4f}",
-            )
+        before, after = scores[worse], scores["network"]
+        rows = [(image, before["per_image"][image], after["per_image"][image]) for image in after["per_image"]]
+        for image, old, new in [*rows, ("mean", before, after)]:
+            psnrs = (f"{score['psnr']:.3f}" for score in (old, new))
+            ssims = (f"{score['ssim']:.4f}" for score in (old, new))
+            table.add_row(name, image, *psnrs, *ssims)
     console.print(table)
-
-
-def _weights(source: Path) -> Path:
-    """A run folder means its last checkpoint."""
-    if not (source / "config.yaml").is_file():
-        return source
-    last = Checkpoints(source / "checkpoints", keep=1).last()
-    if last is None:
-        raise InputError(f"{source} has no checkpoint yet")
-    return last
-
-
-def _entry(text: str, lq: Path | None) -> ValSet:
-    name, equals, folder = text.partition("=")
-    folder = folder if equals else text
-    name = name if equals else Path(text).name
-    if folder != PHOTOS and not Path(folder).is_dir():
-        raise InputError(f"--data {text}: there is no folder {folder}")
-    return ValSet.model_validate({"name": name, "gt": folder, "lq": None if lq is None else str(lq)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from trainers.data.degradations import Bicubic, Degradation, MotionBlur, Noise, Rain
+from trainers.data.degradations import AnyDegradation, Bicubic, MotionBlur, Noise, Rain
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Task:
     """The task in words, for reports."""
     scale: int
     """Default upsampling factor; 1 where input and ground truth have the same size."""
-    degradation: Degradation | None
+    degradation: AnyDegradation | None
     """Makes the inputs where there is no folder of them; None: there must be one."""
     protocol: str
     """How its results are usually measured."""

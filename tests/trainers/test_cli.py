@@ -129,7 +129,7 @@ def test_eval_of_a_run_a_checkpoint_and_weights(tmp_path: Path, capsys: pytest.C
     ("arguments", "said"),
     [
         (["eval", "absent"], "there are no weights"),
-        (["eval", "weights.pth", "--data", "x=absent"], "there is no folder absent"),
+        (["eval", "weights.pth", "--data", "x=absent"], "there is no folder or image absent"),
         (["eval", "weights.pth", "--protocol", "mine"], "there is no protocol mine"),
         (["eval", "other.pth"], "fit none of our networks"),
         (["compare", "absent", "also-absent"], "no run folder"),

@@ -29,13 +29,16 @@ class PairFiles:
 def match_folders(
     gt: Path, lq: Path | None, lq_template: str = "{}", exclude: Sequence[str] = ()
 ) -> tuple[list[PairFiles], list[str]]:
-    """The pairs in two folders, sorted by name, and what is wrong with the other files.
+    """The pairs in two folders, sorted by name, and what is wrong with the other files; or one pair, given by its files.
 
     In `lq_template`, {} stands for the ground truth's name and * for anything: {}_* finds several inputs of one ground truth.
     `exclude` holds names of ground truths that are left out, with their inputs.
     """
     if lq is not None and "{}" not in lq_template:
         return [], [f"lq_template {lq_template!r} has no {{}} where the ground truth's name goes: write e.g. '{{}}x2'"]
+    if gt.is_file():
+        wrong = [] if lq is None or lq.is_file() else [f"{lq}: is no file, but {gt} is one; give the file of its input"]
+        return [PairFiles(gt.stem, gt, lq)], wrong
     ground_truths, problems = list_images(gt)
     problems += [
         f"exclude: {name} is the name of no image in {gt}; remove it from the list"
