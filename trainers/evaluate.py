@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,10 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainers.data.resize import imresize
 from trainers.data.sets import ValPair
+from trainers.inference import Restorer
 from trainers.metrics import Protocol
 from trainers.results import baseline_name
-
-Restorer = Callable[[Tensor], Tensor]  # (1, 3, h, w) -> (1, 3, scale * h, scale * w), both RGB in [0, 1]
 
 
 def evaluate(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-Restorer = Callable[[Tensor], Tensor]  # (B, 3, h, w) -> (B, 3, scale * h, scale * w), both RGB in [0, 1]
+Restorer = Callable[[Tensor], Tensor]  # (B, C, h, w) -> (B, C, scale * h, scale * w), in [0, 1]
 
 
 class Around(nn.Module):

@@ -10,12 +10,17 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from trainers.config import Config, Data
+from trainers.config import Config
 from trainers.errors import InputError
 from trainers.methods import METHODS
+from trainers.tasks import TASKS
 
 TEACHER = {"arch": "edsr", "features": 32, "blocks": 8, "weights": "builtin:edsr-x2"}
 STUDENT = {"arch": "edsr", "features": 16, "blocks": 4}
+# For tasks that keep the size of an image. There is no teacher for them in the package: the file is to be provided.
+SAME_SIZE_TEACHER = {"arch": "nafnet", "width": 32, "weights": "teacher.safetensors"}
+SAME_SIZE_STUDENT = {"arch": "nafnet", "width": 16, "encoder_blocks": [1, 1, 1, 2], "middle_blocks": 1}
+PAIRS = {"gt": "gt", "lq": "lq"}  # for a task without a degradation of its own: folders to be provided
 TRAIN = {"steps": 3000, "lr": 5.0e-4}
 
 
@@ -25,10 +30,10 @@ def schema() -> str:
 
 
 def write_starter(path: Path, task: str, method: str) -> None:
-    """Writes a config that trains on the embedded photographs.
+    """Writes a config that trains on the embedded photographs, where the task can make its inputs from them.
 
     Raises:
-        InputError: the file exists, or there is no such method.
+        InputError: the file exists, or there is no such task or method.
     """
     if path.exists():
         raise InputError(f"{path} exists already: give another file name")
@@ -39,14 +44,20 @@ def starter(task: str, method: str) -> str:
     """The text of a config for a task and a method."""
     if method not in METHODS:
         raise InputError(f"there is no method {method}: choose one of {', '.join(METHODS)}")
-    needs_teacher = METHODS[method][0].needs_teacher
+    if task not in TASKS:
+        raise InputError(f"there is no task {task}: choose one of {', '.join(TASKS)}")
+    same_size, needs_teacher = TASKS[task].scale == 1, METHODS[method][0].needs_teacher
+    student, teacher = (SAME_SIZE_STUDENT, SAME_SIZE_TEACHER) if same_size else (STUDENT, TEACHER)
+    data: dict[str, Any] = {"patch": 64 if same_size else 48, "batch": 8}
+    if TASKS[task].degradation is None:
+        data |= {"train": PAIRS, "val": [{"name": task, **PAIRS}]}
     config = Config.model_validate(
         {
-            "name": f"{method}-edsr-x2",
+            "name": f"{method}-nafnet-{task}" if same_size else f"{method}-edsr-x2",
             "task": task,
-            "data": Data(patch=48, batch=8).model_dump(),
-            "teacher": TEACHER if needs_teacher else None,
-            "student": STUDENT,
+            "data": data,
+            "teacher": teacher if needs_teacher else None,
+            "student": student,
             "method": {"name": method},
             "train": TRAIN,
         }

@@ -52,6 +52,21 @@ def test_init_prints_the_schema(capsys: pytest.CaptureFixture[str]) -> None:
 def test_init_knows_its_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", str(tmp_path / "x.yaml"), "--method", "fcad"]) == 2
     assert "facd" in capsys.readouterr().err
+    assert main(["init", str(tmp_path / "x.yaml"), "--task", "derian"]) == 2
+    assert "derain" in capsys.readouterr().err
+
+
+def test_init_check_train_for_a_task_that_keeps_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "--method", "scratch", "--task", "derain"]) == 0
+    small = [f"data.train={{gt: {write_images(tmp_path / 'train', 2, (64, 64))}}}", "train.steps=1", "data.batch=1"]
+    small += [f"data.val=[{{name: val, gt: {write_images(tmp_path / 'val', 1, (40, 48))}}}]", "student.width=4"]
+    overrides = [part for text in small for part in ("--set", text)]
+    assert main(["check", "run.yaml", *overrides]) == 0
+    assert main(["train", "run.yaml", *overrides]) == 0
+    result = json.loads((tmp_path / "runs" / "scratch-nafnet-derain" / "result.json").read_text())
+    assert result["protocol"] == "derain-y"
+    assert set(result["sets"]["val"]) == {"input", "student"}
 
 
 def test_check_finds_everything_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,16 +204,18 @@ def test_no_file(tmp_path: Path) -> None:
         load_config(tmp_path / "absent.yaml")
 
 
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_config_goes_round(tmp_path: Path, method: str) -> None:
+def test_a_config_goes_round(tmp_path: Path, method: str, task: str) -> None:
     path = tmp_path / "run.yaml"
-    starter.write_starter(path, "sr", method)
+    starter.write_starter(path, task, method)
     config = load_config(path)
-    assert config.method.name == method
+    assert (config.method.name, config.task) == (method, task)
+    assert (config.data.degradation, config.val.protocol) == (TASKS[task].degradation, TASKS[task].protocol)
     path.write_text(dump_config(config))
     assert load_config(path) == config
     with pytest.raises(InputError, match="exists already"):
-        starter.write_starter(path, "sr", method)
+        starter.write_starter(path, task, method)
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

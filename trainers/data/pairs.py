@@ -16,7 +16,7 @@ CACHE_BYTES = 1 << 30  # per process, so each loader worker may use as much
 
 
 class Pairs:
-    """`pairs[i]` is (lq (C, h, w), gt (C, scale * h, scale * w)), both uint8, C = 3, or 1 if `grey`.
+    """`pairs[i]` is (lq (C, h, w), gt (C, scale * h, scale * w)), uint8 or uint16 as in their files, C = 3, or 1 if `grey`.
 
     The ground truth is cropped at the bottom and right to a multiple of the scale. Without an input file, lq is what the
     degradation prepares from the whole ground truth (bicubic: the downscaled image). For many large images that do not fit

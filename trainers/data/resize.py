@@ -18,17 +18,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainers.data.images import PEAKS
+
 Border = Literal["symmetric", "replicate"]
 
 
 def imresize(image: Tensor, scale: float, *, border: Border = "symmetric", uint8: bool = False) -> Tensor:
     """Bicubic resize as MATLAB's imresize.
 
-    image   (..., H, W), uint8 or floating; any range of values if floating
+    image   (..., H, W), uint8, uint16 or floating; any range of values if floating
     scale   factor on both axes, > 0; antialiased below 1
     border  "symmetric" as in MATLAB, or "replicate" (the edge pixel goes on), with which Set14's and B100's LR were made
     uint8   round and clip to whole pixel values after each axis, as MATLAB does on uint8 images. A floating image is then
-            read as [0, 1] and first rounded to multiples of 1/255. Implied by a uint8 image.
+            read as [0, 1] and first rounded to multiples of 1/255. Implied by a uint8 image; uint16 images
+            are rounded to their own whole values.
 
     Returns (..., ceil(scale * H), ceil(scale * W)) in the image's dtype. Floating results are neither rounded nor clipped:
     bicubic overshoots. The sums are taken in float64, tap by tap, so the bits are the same on every machine.
@@ -36,8 +39,8 @@ def imresize(image: Tensor, scale: float, *, border: Border = "symmetric", uint8
     Source: MATLAB documentation of imresize; bit-equal to the LR images that ship with Set5, Set14 and B100
     (tests/trainers/test_resize.py; Set5's x8 was made without rounding in between).
     """
-    if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise TypeError(f"imresize takes a uint8 or floating image, got {image.dtype}; convert it first")
+    if image.dtype not in PEAKS and not image.is_floating_point():
+        raise TypeError(f"imresize takes a uint8, uint16 or floating image, got {image.dtype}; convert it first")
     if image.dim() < 2 or 0 in image.shape[-2:]:
         raise ValueError(f"imresize takes an image (..., H, W) with at least one pixel, got shape {tuple(image.shape)}")
     if not (scale > 0 and math.isfinite(scale)):
@@ -46,20 +49,20 @@ def imresize(image: Tensor, scale: float, *, border: Border = "symmetric", uint8
         raise ValueError(f"border must be 'symmetric' or 'replicate', got {border!r}")
 
     pixels = (image.cpu() if image.device.type == "mps" else image).double()  # Apple GPUs have no float64
-    if image.dtype == torch.uint8:
-        resized = resize_both_axes(pixels, scale, border, rounded=True)
+    if image.dtype in PEAKS:
+        resized = resize_both_axes(pixels, scale, border, PEAKS[image.dtype])
     elif uint8:
-        resized = resize_both_axes(round_to_uint8(pixels * 255), scale, border, rounded=True) / 255
+        resized = resize_both_axes(rounded(pixels * 255, 255), scale, border, 255) / 255
     else:
-        resized = resize_both_axes(pixels, scale, border, rounded=False)
+        resized = resize_both_axes(pixels, scale, border, None)
     return resized.to(image)  # its dtype and device
 
 
-def resize_both_axes(pixels: Tensor, scale: float, border: Border, *, rounded: bool) -> Tensor:
-    """Rows, then columns, each time along axis -2, where gathering is fast. Pixels are 0..255 if rounded."""
+def resize_both_axes(pixels: Tensor, scale: float, border: Border, peak: int | None) -> Tensor:
+    """Rows, then columns, each time along axis -2, where gathering is fast. Rounded to 0..peak after each, if there is one."""
     for _ in ("rows", "columns"):
         pixels = resize_rows(pixels, scale, border)
-        pixels = round_to_uint8(pixels) if rounded else pixels
+        pixels = pixels if peak is None else rounded(pixels, peak)
         pixels = pixels.transpose(-1, -2).contiguous()
     return pixels
 
@@ -75,9 +78,9 @@ def resize_rows(pixels: Tensor, scale: float, border: Border) -> Tensor:
     return result
 
 
-def round_to_uint8(pixels: Tensor) -> Tensor:
-    """MATLAB's conversion to uint8: clipped, halves rounded up."""
-    return (pixels.clamp(0, 255) + 0.5).floor()
+def rounded(pixels: Tensor, peak: int) -> Tensor:
+    """MATLAB's conversion to uint8 or uint16: clipped, halves rounded up."""
+    return (pixels.clamp(0, peak) + 0.5).floor()
 
 
 @lru_cache(maxsize=256)

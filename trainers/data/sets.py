@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from trainers.errors import InputError
 if TYPE_CHECKING:  # the config imports the networks; the data needs only its types
     from trainers.config import Data, TrainFolders, ValSet
 
-Pixels = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[Any]  # uint8 or uint16
 
 
 class TrainSet:
@@ -96,7 +96,7 @@ class TrainSet:
 
 
 def as_sample(pixels: Pixels) -> Tensor:
-    """uint8 of any strides -> float32 in [0, 1]."""
+    """uint8 or uint16 of any strides -> float32 in [0, 1]."""
     return to_float(torch.from_numpy(np.ascontiguousarray(pixels)))
 
 
