@@ -12,6 +12,7 @@ from trainers.architectures import Network
 from trainers.config import Config
 from trainers.config_file import read_config
 from trainers.errors import InputError
+from trainers.slicing import build_student
 from trainers.taps import Adapters, Tapped, tap_problems
 
 
@@ -53,7 +54,7 @@ def network_problems(config: Config) -> list[str]:
     problems, tapped = [], {}
     for role, network in roles.items():
         try:
-            built = networks.build_network(network, role)
+            built = build_student(config) if role == "student" else networks.build_network(network, role)
         except InputError as error:
             problems += error.problems
             built = networks.build_network(network.model_copy(update={"weights": None}), role)

@@ -145,6 +145,14 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("-o", "--out", type=Path, default=Path("runs/comparison"), help="folder of the comparison")
     _set_argument(compare)
 
+    codec = _command(
+        commands, "codec", "train the small encoder with a codebook that contrastive methods may use", _codec
+    )
+    codec.add_argument("out", type=Path, help="file to write (.safetensors)")
+    codec.add_argument("--images", default="photos", help="folder of images, or photos (default: photos)")
+    codec.add_argument("--steps", type=int, default=2000, help="optimiser steps (default: 2000)")
+    codec.add_argument("--seed", type=int, default=0, help="seed of weights and patches (default: 0)")
+
     _command(commands, "doctor", "show what this machine has and which backends run", _doctor)
     return top
 
@@ -284,6 +292,20 @@ def _recipe(name: str) -> Path:
     """A YAML file, or the name of a recipe that ships with the package."""
     shipped = Path(__file__).parent / "recipes" / f"{name}.yaml"
     return shipped if shipped.is_file() else Path(name)
+
+
+def _codec(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from trainers.config import Data, TrainFolders
+    from trainers.progress import TrainingProgress
+    from trainers.train_codec import train_codec
+
+    data = Data(train="photos" if options.images == "photos" else TrainFolders(gt=options.images))
+    progress = TrainingProgress(Console(stderr=True), 0, options.steps, shown=True)
+    train_codec(options.out, data, options.steps, options.seed, progress)
+    print(f"wrote {options.out}; use it with method.features={{name: codec, weights: {options.out}}}")
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

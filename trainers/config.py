@@ -9,8 +9,8 @@ from pydantic import Field, Tag, ValidationInfo, model_validator
 
 from trainers.architectures import Network, described, entry, has_scale, options
 from trainers.data.degradations import AnyDegradation, Bicubic
-from trainers.fields import PHOTOS, Auto, PathText, Section, Share, base_folder, shape_of
-from trainers.methods import AnyMethodOptions
+from trainers.fields import PHOTOS, TEACHER, Auto, PathText, Section, Share, base_folder, shape_of
+from trainers.methods import AnyMethodOptions, Run
 from trainers.metrics import PROTOCOLS
 from trainers.tasks import TASKS
 
@@ -182,13 +182,20 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
         found.append(("teacher", f"method {method.name} needs a teacher: give teacher.arch, its size and its weights"))
     if config.teacher is not None and config.teacher.weights is None:
         found.append(("teacher", "a teacher needs trained weights: give teacher.weights"))
+    found += slice_contradictions(config)
     if data.batch < method.smallest_batch:
         found.append(
             (
                 "data.batch",
-                f"method {method.name} contrasts patches of a batch: {data.batch} is below {method.smallest_batch}",
+                f"method {method.name} relates patches of a batch: {data.batch} is below {method.smallest_batch}",
             )
         )
+    if method.indivisible and train.accumulate > 1:
+        found.append(
+            ("train.accumulate", f"{train.accumulate}, but method {method.name} needs 1: {method.indivisible}")
+        )
+    for key, text in method.refusals(Run(config.scale, data.patch)):
+        found.append((f"method.{key}" if key else "method", f"method {method.name} {text}"))
     if data.batch % train.accumulate:
         found.append(
             ("train.accumulate", f"{train.accumulate} does not divide the batch of {data.batch}: choose a divisor")
@@ -249,4 +256,18 @@ def data_contradictions(config: Config) -> list[tuple[str, str]]:
         )
     names = [entry.name for entry in data.val]
     found += [("data.val", f"two sets are called {name}") for name in sorted({n for n in names if names.count(n) > 1})]
+    return found
+
+
+def slice_contradictions(config: Config) -> list[tuple[str, str]]:
+    """Weights that are a slice of a teacher's, where there is none or it is another network."""
+    found = []
+    if config.teacher is not None and config.teacher.weights == TEACHER:
+        found.append(
+            ("teacher.weights", "only a student starts as a slice of its teacher: give the teacher's own weights")
+        )
+    if config.student.weights == TEACHER and (config.teacher is None or config.teacher.arch != config.student.arch):
+        found.append(
+            ("student.weights", f"a slice of a teacher needs one: give a teacher with arch {config.student.arch}")
+        )
     return found

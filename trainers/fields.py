@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 
 PHOTOS = "photos"
 BUILTIN = "builtin:"
+TEACHER = "teacher"
 
 
 class Section(BaseModel):
@@ -21,7 +22,7 @@ class Section(BaseModel):
 
 def absolute(value: str, base: str) -> str:
     """A path of a config that is relative to the folder `base`; names of ours stay."""
-    if value == PHOTOS or value.startswith(BUILTIN):
+    if value in (PHOTOS, TEACHER) or value.startswith(BUILTIN):
         return value
     return os.path.abspath(os.path.join(base, os.path.expanduser(value)))
 
@@ -35,7 +36,7 @@ def _absolute(value: str, info: ValidationInfo) -> str:
     return absolute(value, base_folder(info))
 
 
-# A file or folder. A relative path is relative to the YAML file; `photos` and `builtin:...` are names of ours and stay.
+# A file or folder. A relative path is relative to the YAML file; `photos`, `teacher` and `builtin:...` are names of ours and stay.
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
 
 

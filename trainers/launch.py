@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from lightning_fabric import Fabric
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from trainers import methods, networks
 from trainers.config import Config, Train
@@ -23,11 +23,12 @@ from trainers.randomness import seed_everything
 from trainers.recompute import recompute
 from trainers.run_folder import RunFolder
 from trainers.signals import sigterm_interrupts
+from trainers.slicing import build_student
 from trainers.step import TrainStep
 from trainers.taps import Adapters, Tapped
 from trainers.validation import Validation, write_results
 
-Made = TypeVar("Made")
+Placed = TypeVar("Placed", bound=nn.Module)
 
 
 def train(config: Config, console: Console | None = None) -> Path:
@@ -64,6 +65,10 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
         raise InputError(
             f"data.batch: {config.data.batch} does not divide into {fabric.world_size} devices x "
             f"{config.train.accumulate} micro-batches: make it a multiple of {share}"
+        )
+    if config.method.indivisible and fabric.world_size > 1:
+        raise InputError(
+            f"train.devices: {fabric.world_size}, but method {config.method.name} runs on one: {config.method.indivisible}"
         )
     folder = _on_first_rank(fabric, open_folder)
     try:
@@ -109,7 +114,7 @@ def build_loop(fabric: Fabric, config: Config, folder: RunFolder, *, resuming: b
     """Networks, data, optimiser and the loop over them, at the start or at the last checkpoint."""
     seed_everything(config.train.seed)
     # The student comes first: methods to be compared start from the same weights.
-    student = networks.build_network(config.student, "student")
+    student = build_student(config)
     train_set = open_train_set(config.data, config.scale, config.data.patch)
     train_step = build_step(config, student, train_set, fabric.device, calibrate=not resuming)
     optimizer = make_optimizer(config.train, train_step)
@@ -136,21 +141,39 @@ def build_step(
         teacher = networks.build_network(config.teacher, name).eval().requires_grad_(False)
         paths = networks.tap_paths(config.teacher) if needs.taps else {}
         teachers[name] = Tapped(_placed(teacher, config.train, device), paths)
-    adapters = None
+    first_batch = FirstBatch(config, train_set, device)
+    adapters, taps = None, {}
     if needs.taps:
         (teacher_taps,) = teachers.values()
-        first = train_set.sample(config.train.seed, 0, 0)[0][None].to(device)
+        lq, _ = next(iter(first_batch))
         with torch.no_grad():
-            adapters = Adapters(tapped(first)[1], teacher_taps(first)[1])
+            taps = teacher_taps(lq)[1]
+            adapters = Adapters(tapped(lq)[1], taps) if needs.adapters else None
+    if adapters is not None:
         _placed(adapters, config.train, device)
         if calibrate:
-            batch = range(config.data.batch)
-            samples = (train_set.sample(config.train.seed, 0, i)[0][None].to(device) for i in batch)
-            adapters.calibrate(tapped, teacher_taps, samples)
-    return TrainStep(tapped, method, adapters, teachers).train()
+            adapters.calibrate(tapped, teacher_taps, (lq for lq, _ in first_batch))
+    method.prepare(tapped.network, taps)
+    train_step = TrainStep(tapped, _placed(method, config.train, device), adapters, teachers).train()
+    if calibrate:
+        with torch.no_grad():
+            method.calibrate(first_batch, train_step.teachers)
+    return train_step
 
 
-def _placed(module: nn.Module, train: Train, device: torch.device) -> nn.Module:
+class FirstBatch:
+    """The samples of step 0, one at a time: lq (1, 3, h, w) and gt (1, 3, H, W) on the device."""
+
+    def __init__(self, config: Config, train_set: TrainSet, device: torch.device) -> None:
+        self.config, self.train_set, self.device = config, train_set, device
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in range(self.config.data.batch):
+            lq, gt = self.train_set.sample(self.config.train.seed, 0, index)
+            yield lq[None].to(self.device), gt[None].to(self.device)
+
+
+def _placed(module: Placed, train: Train, device: torch.device) -> Placed:
     module.to(device)
     # The keyword is missing from torch's type of Module.to.
     return module.to(memory_format=torch.channels_last) if train.channels_last else module  # type: ignore[call-overload]

@@ -21,7 +21,7 @@ from trainers.data.sets import TrainSet
 from trainers.ema import EMA
 from trainers.errors import Diverged, InputError
 from trainers.loss_weights import LossWeights, gradient_norms, weighted_sum
-from trainers.methods import Batch
+from trainers.methods import Batch, Features
 from trainers.networks import any_size
 from trainers.progress import TrainingProgress
 from trainers.randomness import random_state, restore_random_state
@@ -158,27 +158,32 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update(step)
+        self.train_step.method.after_step(step + 1, self.result)
         return seen[0] if len(seen) == 1 else torch.stack(seen).mean(dim=0)
 
     def _micro_batches(self, lq: Tensor, gt: Tensor) -> list[Batch]:
         lq, gt = self.fabric.to_device((lq, gt))
         if self.config.train.channels_last:
             lq, gt = (image.contiguous(memory_format=torch.channels_last) for image in (lq, gt))
-        size = self.rows // self.config.train.accumulate
-        shared = self._shared(lq, size) if self.train_step.method.requirements().batch_coupled else {}
-        return [
-            Batch(lq[i : i + size], gt[i : i + size], slice(self.first_row + i, self.first_row + i + size), shared)
-            for i in range(0, self.rows, size)
-        ]
+        size, key = self.rows // self.config.train.accumulate, (self.config.train.seed, self.position.step)
+        rows = [slice(self.first_row + i, self.first_row + i + size) for i in range(0, self.rows, size)]
+        parts = zip(lq.split(size), gt.split(size), rows, strict=True)
+        batches = [Batch(part, truth, place, key=key) for part, truth, place in parts]
+        if self.train_step.method.requirements().batch_coupled:
+            shared = self._shared(batches)
+            for batch in batches:
+                batch.shared = shared
+        return batches
 
-    def _shared(self, lq: Tensor, size: int) -> dict[str, Any]:
-        """Output and taps of each teacher for the whole effective batch: this device's rows, then everybody's."""
+    @torch.no_grad()
+    def _shared(self, batches: Sequence[Batch]) -> dict[str, tuple[Tensor, Features]]:
+        """What the method shares of each sample, for the whole effective batch: this device's rows, then everybody's."""
+        with self.fabric.autocast():
+            found = [self.train_step.method.share(batch, self.train_step.teachers) for batch in batches]
         shared = {}
-        for name, teacher in self.train_step.teachers.items():
-            with self.fabric.autocast():
-                outputs, taps = zip(*(teacher(part) for part in lq.split(size)), strict=True)
-            joined = {tap: self._gather([part[tap] for part in taps]) for tap in taps[0]}
-            shared[name] = (self._gather(outputs), joined)
+        for name, (_, features) in found[0].items():
+            outputs = self._gather([part[name][0] for part in found])
+            shared[name] = (outputs, {tap: self._gather([part[name][1][tap] for part in found]) for tap in features})
         return shared
 
     def _gather(self, parts: Sequence[Tensor]) -> Tensor:

@@ -1,12 +1,21 @@
-"""The state of the random generators, in types that torch.load(weights_only=True) accepts."""
+"""Random numbers as a function of a key, and the state of the generators in types that torch.load(weights_only=True) accepts."""
 
 from __future__ import annotations
 
+import hashlib
 import random
+import struct
 from typing import Any
 
 import numpy as np
 import torch
+
+
+def random_words(purpose: str, *key: int) -> tuple[int, int, int]:
+    """Three independent, uniform 64-bit numbers that depend on nothing but the purpose and the key."""
+    digest = hashlib.blake2b(f"{purpose} {[int(part) for part in key]}".encode(), digest_size=24).digest()
+    first, second, third = struct.unpack("<3Q", digest)
+    return first, second, third
 
 
 def seed_everything(seed: int) -> None:

@@ -87,7 +87,7 @@ train: {steps: ten, devices: []}
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("name: fcad", "run.yaml:4:10: method.name: there is no fcad; did you mean facd?"),
+        ("name: fcd", "run.yaml:4:10: method.name: there is no fcd; did you mean facd?"),
         ("nome: facd", "run.yaml:4:1: method.name: is missing"),
         ("name: facd, weights: {contrast: strong}", "run.yaml:4:32: method.weights.contrast: must be a number"),
     ],
@@ -100,7 +100,7 @@ def test_the_method_block(tmp_path: Path, change: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["data.batch=1"], "--set data.batch=1: data.batch: method facd contrasts patches of a batch: 1 is below 2"),
+        (["data.batch=1"], "--set data.batch=1: data.batch: method facd relates patches of a batch: 1 is below 2"),
         (["train.accumulate=3"], "--set train.accumulate=3: train.accumulate: 3 does not divide the batch of 16"),
         (["data.patch=95"], "--set data.patch=95: data.patch: 95 is not a multiple of 2"),
         (["teacher=null"], "--set teacher=null: teacher: method facd needs a teacher"),

@@ -8,26 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.methods import Batch, Features, build
-from trainers.methods.base import Network
+from tests.trainers.stand_ins import TAPS, B, images, network, taps
+from trainers.methods import Batch, build
 from trainers.methods.facd import FACDOptions, teacher_is_better
 from trainers.methods.output import OutputOptions
 from trainers.methods.scratch import ScratchOptions
-
-B, TAPS = 4, ("t1", "t2", "t3")
-
-
-def images(seed: int) -> Tensor:
-    return torch.rand(B, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def taps(seed: int) -> Features:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(B, 5, 3, 3, dtype=torch.float64, generator=generator) for name in TAPS}
-
-
-def network(output: Tensor, features: Features, rows: slice = slice(None)) -> Network:
-    return lambda x: (output[rows], {name: feature[rows] for name, feature in features.items()})
 
 
 def facd_losses(rows: slice = slice(None), imitated: Tensor | None = None, **options: object) -> dict[str, Tensor]:

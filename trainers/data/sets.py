@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +18,7 @@ from trainers.data.images import stored_size, to_float
 from trainers.data.pairs import Pairs
 from trainers.data.photos import HELD_OUT_PHOTOS, TRAIN_PHOTOS, match_photos
 from trainers.errors import InputError
+from trainers.randomness import random_words
 
 if TYPE_CHECKING:  # the config imports the networks; the data needs only its types
     from trainers.config import Data, TrainFolders, ValSet
@@ -127,13 +126,6 @@ def mirrored(start: int, count: int, size: int) -> npt.NDArray[np.int64]:
 def generator(purpose: str, *key: int) -> np.random.Generator:
     """A generator that depends on nothing but the purpose and the key."""
     return np.random.Generator(np.random.PCG64(random_words(purpose, *key)))
-
-
-def random_words(purpose: str, *key: int) -> tuple[int, int, int]:
-    """Three independent, uniform 64-bit numbers that depend on nothing but the purpose and the key."""
-    digest = hashlib.blake2b(f"{purpose} {[int(part) for part in key]}".encode(), digest_size=24).digest()
-    first, second, third = struct.unpack("<3Q", digest)
-    return first, second, third
 
 
 @lru_cache(maxsize=4)

@@ -6,9 +6,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from trainers.methods.base import Batch, Features, Method, MethodOptions, Network, Requirements
+from trainers.methods.at import AT, ATOptions
+from trainers.methods.base import Batch, Features, Method, MethodOptions, Network, Requirements, Run
+from trainers.methods.csd import CSD, CSDOptions
+from trainers.methods.dukd import DUKD, DUKDOptions
 from trainers.methods.facd import FACD, FACDOptions
+from trainers.methods.fakd import FAKD, FAKDOptions
+from trainers.methods.fitnet import FitNet, FitNetOptions
 from trainers.methods.output import Output, OutputOptions
+from trainers.methods.rkd import RKD, RKDOptions
 from trainers.methods.scratch import Scratch, ScratchOptions
 
 __all__ = [
@@ -20,14 +26,32 @@ __all__ = [
     "MethodOptions",
     "Network",
     "Requirements",
+    "Run",
     "build",
 ]
 
-AnyMethodOptions = Annotated[ScratchOptions | OutputOptions | FACDOptions, Field(discriminator="name")]
+AnyMethodOptions = Annotated[
+    ScratchOptions
+    | OutputOptions
+    | FitNetOptions
+    | ATOptions
+    | FAKDOptions
+    | RKDOptions
+    | CSDOptions
+    | DUKDOptions
+    | FACDOptions,
+    Field(discriminator="name"),
+]
 
 METHODS: dict[str, tuple[type[MethodOptions], Any]] = {
     "scratch": (ScratchOptions, Scratch),
     "output": (OutputOptions, Output),
+    "fitnet": (FitNetOptions, FitNet),
+    "at": (ATOptions, AT),
+    "fakd": (FAKDOptions, FAKD),
+    "rkd": (RKDOptions, RKD),
+    "csd": (CSDOptions, CSD),
+    "dukd": (DUKDOptions, DUKD),
     "facd": (FACDOptions, FACD),
 }
 

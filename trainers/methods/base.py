@@ -5,17 +5,29 @@ Weights, their schedules, logging, gradient accumulation, several devices and re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from trainers.fields import Section
+from trainers.randomness import random_words
 
 Features = dict[str, Tensor]
 # x -> (output, taps). The student's taps have passed their adapters, the teacher's are divided by their RMS.
 Network = Callable[[Tensor], tuple[Tensor, Features]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a method may have to refuse of the run that it is put in."""
+
+    scale: int
+    """Upsampling factor; 1 where input and output have the same size."""
+    patch: int
+    """Side of a training patch of the ground truth."""
 
 
 class MethodOptions(Section):
@@ -23,6 +35,15 @@ class MethodOptions(Section):
 
     needs_teacher: ClassVar[bool] = False
     smallest_batch: ClassVar[int] = 1
+
+    @property
+    def indivisible(self) -> str | None:
+        """Why a batch cannot be split into micro-batches or over devices; None where it can."""
+        return None
+
+    def refusals(self, run: Run) -> list[tuple[str, str]]:
+        """(key within the method's block, or an empty text for the block itself; what is wrong and what to do)."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -32,9 +53,11 @@ class Requirements:
     teachers: tuple[str, ...] = ()
     """Names of its frozen teachers."""
     taps: bool = False
-    """Features of student and teacher, with trainable 1x1 adapters behind the student's."""
+    """Features of student and teacher at their taps."""
+    adapters: bool = True
+    """Trainable 1x1 adapters behind the student's taps, and RMS division behind the teacher's. False: taps as they are."""
     batch_coupled: bool = False
-    """A sample's loss depends on the teacher's features of other samples: `Batch.shared` is filled."""
+    """A sample's loss depends on frozen features of other samples: `Batch.shared` is filled."""
 
 
 class Batch:
@@ -49,19 +72,28 @@ class Batch:
         gt: Tensor,
         rows: slice = slice(None),
         shared: Mapping[str, tuple[Tensor, Features]] | None = None,
+        key: tuple[int, int] = (0, 0),
     ) -> None:
         """
         Args:
             lq: (m, 3, h, w) degraded input in [0, 1].
             gt: (m, 3, H, W) ground truth in [0, 1].
             rows: where these m samples stand in the effective batch.
-            shared: output and taps of each teacher for all B samples, for batch-coupled methods: whatever the split
-                into micro-batches and devices, a sample meets the same others.
+            shared: what `Method.share` gives, for all B samples: whatever the split into micro-batches and devices, a
+                sample of a batch-coupled method meets the same others.
+            key: (seed, step) of the run, of which all randomness of a loss is a function.
         """
         self.lq = lq
         self.gt = gt
         self.rows = rows
         self.shared = shared or {}
+        self.key = key
+
+    def generators(self, purpose: str) -> list[torch.Generator]:
+        """A random generator per sample, which depends on (purpose, seed, step, place in the effective batch) alone."""
+        first = self.rows.start or 0
+        words = [random_words(purpose, *self.key, first + index)[0] for index in range(len(self.lq))]
+        return [torch.Generator().manual_seed(word % 2**63) for word in words]
 
 
 class Method(nn.Module):
@@ -77,3 +109,16 @@ class Method(nn.Module):
 
     def forward(self, batch: Batch, student: Network, teachers: Mapping[str, Network]) -> dict[str, Tensor]:
         raise NotImplementedError
+
+    def share(self, batch: Batch, teachers: Mapping[str, Network]) -> dict[str, tuple[Tensor, Features]]:
+        """What the losses of other samples need of these ones: the maps (m, ...) that fill `Batch.shared`, without gradient."""
+        return {name: teacher(batch.lq) for name, teacher in teachers.items()}
+
+    def prepare(self, student: nn.Module, taps: Features) -> None:
+        """Makes what depends on the student or on the shapes of the teachers' taps, once, before training or resuming."""
+
+    def calibrate(self, samples: Iterable[tuple[Tensor, Tensor]], teachers: Mapping[str, Network]) -> None:
+        """Sets what is measured on the samples (1, ...) of the first batch, once, before step 0; without gradient."""
+
+    def after_step(self, step: int, average: nn.Module) -> None:
+        """Called after the `step`-th optimiser step (from 1) with the moving average of the student."""
