@@ -24,7 +24,7 @@ class NetworkFields(Section):
     """What every network may be given besides its own options."""
 
     weights: PathText | None = None
-    """Weights to start from: a file, a checkpoint folder, builtin:NAME, or null; teacher makes a student a slice of it. Files tell arch and options that are left out."""
+    """Weights to start from: a file, a checkpoint folder, builtin:NAME, teacher (a slice of it), or null. Files tell what is left out."""
     taps: Taps = "auto"
     """Where features are taken for distillation: auto (the network's usual places) or tap name -> module path."""
 

@@ -62,6 +62,10 @@ class Fixed(Section):
     """The factor on the loss term."""
     ramp: int = Field(default=0, ge=0)
     """Steps in which the weight grows linearly from 0; 0 = the full weight from the first step."""
+    final: float = Field(default=0.0, ge=0)
+    """The factor after `decay` steps."""
+    decay: int = Field(default=0, ge=0)
+    """Steps in which the factor goes linearly from value to final; 0 = it stays."""
 
 
 class Share(Section):

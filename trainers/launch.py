@@ -138,22 +138,19 @@ def build_step(
     teachers = {}
     for name in needs.teachers:
         assert config.teacher is not None  # config.contradictions saw to it
-        teacher = networks.build_network(config.teacher, name).eval().requires_grad_(False)
+        described = config.teacher.model_copy(update={"weights": needs.weights.get(name, config.teacher.weights)})
+        teacher = networks.build_network(described, name).eval().requires_grad_(False)
         paths = networks.tap_paths(config.teacher) if needs.taps else {}
         teachers[name] = Tapped(_placed(teacher, config.train, device), paths)
     first_batch = FirstBatch(config, train_set, device)
-    adapters, taps = None, {}
-    if needs.taps:
-        (teacher_taps,) = teachers.values()
-        lq, _ = next(iter(first_batch))
+    adapters = None
+    if needs.taps and needs.adapters:
         with torch.no_grad():
-            taps = teacher_taps(lq)[1]
-            adapters = Adapters(tapped(lq)[1], taps) if needs.adapters else None
-    if adapters is not None:
-        _placed(adapters, config.train, device)
-        if calibrate:
-            adapters.calibrate(tapped, teacher_taps, (lq for lq, _ in first_batch))
-    method.prepare(tapped.network, taps)
+            lq, gt = next(iter(first_batch))
+            adapters = _placed(Adapters(tapped(lq)[1], method.targets(lq, gt, teachers)), config.train, device)
+            if calibrate:
+                adapters.calibrate((tapped(lq)[1], method.targets(lq, gt, teachers)) for lq, gt in first_batch)
+    method.prepare(tapped.network)
     train_step = TrainStep(tapped, _placed(method, config.train, device), adapters, teachers).train()
     if calibrate:
         with torch.no_grad():

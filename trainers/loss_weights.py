@@ -45,10 +45,13 @@ class LossWeights:
         return {name: weights[name] * ratio / weights["pixel"] for name, ratio in self.ratios.items()}
 
     def update(self, norms: Mapping[str, float]) -> None:
-        """Takes measured gradient norms of all terms. A term without a gradient, or beside a pixel term without, keeps its ratio."""
+        """Takes measured gradient norms of all terms. A term without a gradient, or beside a pixel term without, keeps its ratio.
+
+        The config may hold weights of terms that the method, by its options, does not have: they have no norm.
+        """
         pixel = norms["pixel"]
         for name in self.measured_terms:
-            if pixel > 0 and norms[name] > 0 and math.isfinite(norms[name] / pixel):
+            if pixel > 0 and norms.get(name, 0) > 0 and math.isfinite(norms[name] / pixel):
                 self.ratios[name] = norms[name] / pixel
 
     def state(self) -> dict[str, Any]:
@@ -63,7 +66,8 @@ class LossWeights:
             return float(option)
         ramp = min(1.0, (step + 1) / option.ramp) if option.ramp else 1.0
         if isinstance(option, Fixed):
-            return option.value * ramp
+            fallen = min(1.0, (step + 1) / option.decay) if option.decay else 0.0
+            return (option.value + (option.final - option.value) * fallen) * ramp
         ratio = self.ratios.get(name)
         return 0.0 if ratio is None else option.share * ramp * self._weight("pixel", step) / ratio
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trainers.errors import InputError
-from trainers.methods.base import Features, Network
+from trainers.methods.base import Features
 
 RIDGE = 1e-6  # of the mean diagonal of the normal equations: keeps dead or duplicate channels solvable
 
@@ -111,14 +111,13 @@ class Adapters(nn.Module):
         }
 
     @torch.no_grad()
-    def calibrate(self, student: Network, teacher: Network, samples: Iterable[Tensor]) -> None:
-        """Sets RMS and convolutions from raw taps. One sample at a time: the result does not depend on any split."""
+    def calibrate(self, samples: Iterable[tuple[Features, Features]]) -> None:
+        """Sets RMS and convolutions from raw taps of student and teacher, sample by sample: the result does not depend on any split."""
         squares = torch.zeros(len(self.names), dtype=torch.float64)
         counts = torch.zeros_like(squares)
         gram: Features = {}  # A^T A, with A the student's features and a column of ones: (Cs + 1, Cs + 1)
         right: Features = {}  # A^T Y, with Y the teacher's features: (Cs + 1, Ct)
-        for sample in samples:
-            student_taps, teacher_taps = student(sample)[1], teacher(sample)[1]
+        for student_taps, teacher_taps in samples:
             for index, name in enumerate(self.names):
                 y = _rows(teacher_taps[name])
                 a = _rows(student_taps[name])

@@ -24,14 +24,20 @@ def facd_losses(rows: slice = slice(None), imitated: Tensor | None = None, **opt
     return method(batch, network(images(1), taps(1), rows), {})
 
 
-def by_hand(term: Callable[[Tensor, list[Tensor]], Tensor]) -> Tensor:
-    """(B,): the mean over taps of term(d_pos, [d_neg]) with d = mean |u - v|, negatives = the teacher's other patches."""
+def mean_absolute(u: Tensor, v: Tensor) -> Tensor:
+    return (u - v).abs().mean()
+
+
+def by_hand(
+    term: Callable[[Tensor, list[Tensor]], Tensor], apart: Callable[[Tensor, Tensor], Tensor] = mean_absolute
+) -> Tensor:
+    """(B,): the mean over taps of term(d_pos, [d_neg]), negatives = the teacher's other patches."""
     student, teacher = taps(1), taps(2)
     rows = []
     for i in range(B):
         per_tap = []
         for name in TAPS:
-            distance = [(student[name][i] - teacher[name][k]).abs().mean() for k in range(B)]
+            distance = [apart(student[name][i], teacher[name][k]) for k in range(B)]
             per_tap.append(term(distance[i], [distance[k] for k in range(B) if k != i]))
         rows.append(torch.stack(per_tap).mean())
     return torch.stack(rows)
@@ -63,6 +69,27 @@ def test_facd_squared_distance() -> None:
     squared = (student[:, None] - teacher[None]).square().mean(dim=(2, 3, 4))
     expected = squared.diagonal() / (squared.where(others, 0).sum(dim=1) / (B - 1) + 1e-7)
     torch.testing.assert_close(found, expected)
+
+
+def test_facd_cosine_distance() -> None:
+    def term(positive: Tensor, negatives: list[Tensor]) -> Tensor:
+        return positive / (torch.stack(negatives).mean() + 1e-7)
+
+    def apart(u: Tensor, v: Tensor) -> Tensor:
+        return 1 - (u * v).sum() / (u.norm() * v.norm())
+
+    torch.testing.assert_close(facd_losses(distance="cosine")["contrast"], by_hand(term, apart).mean())
+
+
+def test_facd_draws_negatives_that_do_not_depend_on_the_split() -> None:
+    method = build(FACDOptions(name="facd", negatives=2))
+    whole = method.others(Batch(images(3), images(0), slice(0, 4), key=(1, 5)), 8)
+    assert whole.sum(dim=1).tolist() == [2] * 4
+    assert not whole[:, :4].diagonal().any()
+    half = method.others(Batch(images(3)[2:], images(0)[2:], slice(2, 4), key=(1, 5)), 8)
+    assert torch.equal(half, whole[2:])
+    other_step = method.others(Batch(images(3), images(0), slice(0, 4), key=(1, 6)), 8)
+    assert not torch.equal(other_step, whole)
 
 
 def test_facd_adapts_to_a_weak_teacher() -> None:

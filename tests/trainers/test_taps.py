@@ -68,7 +68,7 @@ def test_adapters_start_from_the_least_squares_fit() -> None:
         return x, {"t": 20 * (torch.einsum("tc,bchw->bthw", matrix, x) + offset[:, None, None])}
 
     adapters = Adapters(student(samples)[1], teacher(samples)[1])
-    adapters.calibrate(student, teacher, samples.split(1))
+    adapters.calibrate((student(x)[1], teacher(x)[1]) for x in samples.split(1))
     normalised = adapters.normalise(teacher(samples)[1])["t"]
     torch.testing.assert_close(normalised.square().mean(), torch.tensor(1.0))
     torch.testing.assert_close(adapters.adapt({"t": samples})["t"], normalised, atol=1e-4, rtol=1e-4)
@@ -77,12 +77,8 @@ def test_adapters_start_from_the_least_squares_fit() -> None:
 def test_adapters_survive_dead_and_equal_channels() -> None:
     image = torch.randn(4, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     degenerate = torch.cat([image, image, torch.zeros_like(image)], dim=1)
-
-    def network(x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return x, {"t": x}
-
     adapters = Adapters({"t": degenerate}, {"t": degenerate})
-    adapters.calibrate(network, network, degenerate.split(1))
+    adapters.calibrate(({"t": x}, {"t": x}) for x in degenerate.split(1))
     torch.testing.assert_close(
         adapters.adapt({"t": degenerate})["t"], adapters.normalise({"t": degenerate})["t"], atol=1e-4, rtol=1e-4
     )

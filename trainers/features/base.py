@@ -66,7 +66,8 @@ class FeatureNetwork(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> Encoded:
-        encoded: Encoded = self.network(image)
+        # Grey images have one channel, these networks were trained on three.
+        encoded: Encoded = self.network(image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image)
         return encoded
 
     def train(self, mode: bool = True) -> FeatureNetwork:
@@ -87,14 +88,14 @@ def load(network: nn.Module, options: FeatureOptions, rename: Callable[[str], st
         raise InputError(f"method.features.{key}: {text}")
     assert options.weights is not None
     state_dict = {rename(key): value for key, value in read_tensors(options.weights).items()}
-    needed = network.state_dict()
+    needed = {key: value for key, value in network.state_dict().items() if value.is_floating_point()}  # no counters
     misfits = [key for key, value in needed.items() if key not in state_dict or state_dict[key].shape != value.shape]
     if misfits:
         raise InputError(
             f"method.features.weights: {options.weights} lacks or differs in {len(misfits)} of {len(needed)} tensors "
             f"({', '.join(misfits[:3])} ...): these are no such weights; {options.source}"
         )
-    network.load_state_dict({key: state_dict[key] for key in needed})
+    network.load_state_dict({key: state_dict[key] for key in needed}, strict=False)
 
 
 def read_tensors(weights: str) -> Mapping[str, Tensor]:

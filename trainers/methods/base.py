@@ -6,7 +6,7 @@ Weights, their schedules, logging, gradient accumulation, several devices and re
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -56,6 +56,8 @@ class Requirements:
     """Features of student and teacher at their taps."""
     adapters: bool = True
     """Trainable 1x1 adapters behind the student's taps, and RMS division behind the teacher's. False: taps as they are."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Files of the weights of teachers that do not have the config's."""
     batch_coupled: bool = False
     """A sample's loss depends on frozen features of other samples: `Batch.shared` is filled."""
 
@@ -102,7 +104,7 @@ class Method(nn.Module):
     The first loss is called `pixel`; the shares of the others are measured against it.
     """
 
-    losses: ClassVar[tuple[str, ...]]
+    losses: tuple[str, ...]
 
     def requirements(self) -> Requirements:
         return Requirements()
@@ -114,8 +116,13 @@ class Method(nn.Module):
         """What the losses of other samples need of these ones: the maps (m, ...) that fill `Batch.shared`, without gradient."""
         return {name: teacher(batch.lq) for name, teacher in teachers.items()}
 
-    def prepare(self, student: nn.Module, taps: Features) -> None:
-        """Makes what depends on the student or on the shapes of the teachers' taps, once, before training or resuming."""
+    def targets(self, lq: Tensor, gt: Tensor, teachers: Mapping[str, Network]) -> Features:
+        """The taps that the student's adapters are made for and fitted to: by default the teacher's, of the degraded image."""
+        (teacher,) = teachers.values()
+        return teacher(lq)[1]
+
+    def prepare(self, student: nn.Module) -> None:
+        """Makes what depends on the student's network, once, before training or resuming."""
 
     def calibrate(self, samples: Iterable[tuple[Tensor, Tensor]], teachers: Mapping[str, Network]) -> None:
         """Sets what is measured on the samples (1, ...) of the first batch, once, before step 0; without gradient."""

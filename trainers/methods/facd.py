@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn.functional import cross_entropy, l1_loss
+from torch.nn.functional import l1_loss, normalize
 
 import kdops
 from trainers.fields import Section, Weight
@@ -41,8 +41,10 @@ class FACDOptions(MethodOptions):
     """Weights of the losses."""
     form: Literal["ratio", "infonce"] = "ratio"
     """Contrastive loss: the ratio of the distances to positive and negatives, or InfoNCE over them."""
-    distance: Literal["l1", "l2"] = "l1"
-    """Distance between features: mean absolute or mean squared difference."""
+    distance: Literal["l1", "l2", "cosine"] = "l1"
+    """Distance between features: mean absolute or mean squared difference, or one minus the cosine (l1 is our reading)."""
+    negatives: int | None = Field(default=None, ge=1)
+    """Patches of the batch that are a patch's negatives, drawn in each step; null takes all others (our reading)."""
     adaptive: bool = True
     """Distil only the patches where the teacher is nearer to the ground truth than the student."""
     temperature: float = Field(default=1.0, gt=0)
@@ -59,8 +61,8 @@ class FACD(Method):
     - pixel, output: L_SR between SR^S and both GT and SR^T (figure); 0.5 and 0.5 as in FAKD (our reading).
     - contrast: (1/B) sum_i m_i (1/3) sum_j d(F_ij^S, F_ij^T) / (1/(B-1) sum_{k != i} d(F_ij^S, F_kj^T) + 1e-7)
       The negatives are the teacher's features of the other patches at the same tap (figure: index k; that they are
-      the teacher's, and that all B-1 are taken, is our reading). `form: infonce` is the mutual-information reading of
-      the paper's first version: -log( e^{-d_pos/t} / (e^{-d_pos/t} + sum_k e^{-d_neg,k/t}) ).
+      the teacher's, and that all B-1 are taken, is our reading; `negatives: K` draws K).
+      `form: infonce` is the mutual-information reading of the paper's first version: -log( e^{-d_pos/t} / (e^{-d_pos/t} + sum_k e^{-d_neg,k/t}) ).
     - m_i = 1 where ||SR_i^T - GT_i||_1 < ||SR_i^S - GT_i||_1, else 0: the "adaptive distillation" of the abstract
       (its condition is our reading).
 
@@ -73,6 +75,8 @@ class FACD(Method):
         super().__init__()
         self.form = options.form
         self.p = 1 if options.distance == "l1" else 2
+        self.cosine = options.distance == "cosine"
+        self.negatives = options.negatives
         self.adaptive = options.adaptive
         self.temperature = options.temperature
 
@@ -83,9 +87,7 @@ class FACD(Method):
         restored, student_taps = student(batch.lq)
         teacher_outputs, teacher_taps = batch.shared["teacher"]  # of the whole effective batch
         imitated = teacher_outputs[batch.rows]
-        others = ~torch.eye(len(teacher_outputs), dtype=torch.bool, device=restored.device)[
-            batch.rows
-        ]  # (m, B): k != i
+        others = self.others(batch, len(teacher_outputs)).to(restored.device)
         contrast = torch.stack(
             [
                 self.contrast(student_taps[name], features[batch.rows], features, others)
@@ -100,14 +102,29 @@ class FACD(Method):
             "contrast": contrast.mean(),
         }
 
+    def others(self, batch: Batch, count: int) -> Tensor:
+        """(m, B): which patches of the batch are negatives of which, k != i."""
+        others = ~torch.eye(count, dtype=torch.bool)[batch.rows]
+        if self.negatives is not None and self.negatives < count - 1:
+            drawn = torch.stack([torch.rand(count, generator=generator) for generator in batch.generators("facd")])
+            chosen = drawn.where(others, -1).topk(self.negatives, dim=1).indices
+            others = torch.zeros_like(others).scatter(1, chosen, True)
+        return others
+
     def contrast(self, anchor: Tensor, positive: Tensor, pool: Tensor, others: Tensor) -> Tensor:
         """The loss of one tap, per sample: anchor and positive (m, C, h, w), pool (B, C, h, w), others (m, B) -> (m,)."""
+        if (
+            self.cosine
+        ):  # 1 - cos(u, v) is half the squared distance of unit vectors: the mean of squares times their number / 2
+            half = (anchor[0].numel() / 2) ** 0.5
+            anchor, positive, pool = (half * normalize(x.flatten(1), dim=1) for x in (anchor, positive, pool))
         if self.form == "ratio":
             return kdops.contrastive_ratio(anchor, positive, pool, p=self.p, eps=EPS, mask=others, reduction="none")
-        # InfoNCE is a cross-entropy over all B patches of -d/t, whose right answer is the patch itself.
-        distances = kdops.pairwise_distance(anchor, pool, p=self.p)  # (m, B)
-        itself = (~others).long().argmax(dim=1)
-        return cross_entropy(-distances / self.temperature, itself, reduction="none")
+        # InfoNCE: log(e^{-d_pos/t} + sum_k e^{-d_neg,k/t}) + d_pos/t.
+        to_positive = kdops.matched_distance(anchor, positive.unsqueeze(1), p=self.p) / self.temperature  # (m, 1)
+        to_pool = kdops.pairwise_distance(anchor, pool, p=self.p) / self.temperature  # (m, B)
+        to_negatives = to_pool.masked_fill(~others, float("inf"))
+        return torch.cat([-to_positive, -to_negatives], dim=1).logsumexp(dim=1) + to_positive.squeeze(1)
 
 
 def teacher_is_better(restored: Tensor, imitated: Tensor, gt: Tensor) -> Tensor:
