@@ -189,13 +189,13 @@ def dynamic(costs: StepCosts, shared: int) -> int:
 
 def build(config: Config, recompute: bool) -> TrainStep:
     """The TrainStep, with real weights and no images."""
-    from trainers import networks
     from trainers.launch import build_step
     from trainers.randomness import seed_everything
+    from trainers.slicing import build_student
 
     seed_everything(config.train.seed)
     update = {"train": config.train.model_copy(update={"recompute": recompute})}
-    student = networks.build_network(config.student, "student")
+    student = build_student(config)
     blanks: Any = _Blanks(config, config.data.patch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return build_step(config.model_copy(update=update), student, blanks, device, calibrate=False)
@@ -215,7 +215,7 @@ def precision(config: Config) -> Any:
 
 
 def make_batch(train_step: TrainStep, config: Config, point: Point) -> tuple[Batch, int]:
-    """A micro-batch of noise, and the bytes of the teachers' features of the effective batch."""
+    """A micro-batch of noise, and the bytes of what the method shares of the effective batch."""
     device = next(train_step.parameters()).device
     samples = [_Blanks(config, point.patch).sample(0, 0, index) for index in range(point.micro)]
     lq, gt = (torch.stack(images).to(device) for images in zip(*samples, strict=True))
@@ -224,10 +224,12 @@ def make_batch(train_step: TrainStep, config: Config, point: Point) -> tuple[Bat
     if not train_step.method.requirements().batch_coupled:
         return Batch(lq, gt), 0
     parts = max(1, config.data.batch // point.micro)
-    shared = {}
-    for name, teacher in train_step.teachers.items():
-        output, taps = teacher(lq)
-        shared[name] = (torch.cat([output] * parts), {key: torch.cat([tap] * parts) for key, tap in taps.items()})
+    with torch.no_grad():
+        own = train_step.method.share(Batch(lq, gt), train_step.teachers)
+    shared = {
+        name: (torch.cat([output] * parts), {key: torch.cat([tap] * parts) for key, tap in taps.items()})
+        for name, (output, taps) in own.items()
+    }
     size = sum(t.numel() * t.element_size() for output, taps in shared.values() for t in (output, *taps.values()))
     return Batch(lq, gt, slice(0, point.micro), shared), size
 

@@ -62,7 +62,8 @@ class FACD(Method):
     - contrast: (1/B) sum_i m_i (1/3) sum_j d(F_ij^S, F_ij^T) / (1/(B-1) sum_{k != i} d(F_ij^S, F_kj^T) + 1e-7)
       The negatives are the teacher's features of the other patches at the same tap (figure: index k; that they are
       the teacher's, and that all B-1 are taken, is our reading; `negatives: K` draws K).
-      `form: infonce` is the mutual-information reading of the paper's first version: -log( e^{-d_pos/t} / (e^{-d_pos/t} + sum_k e^{-d_neg,k/t}) ).
+      `form: infonce` is the mutual-information reading of the paper's first version:
+      -log( e^{-d_pos/t} / (e^{-d_pos/t} + sum_k e^{-d_neg,k/t}) ).
     - m_i = 1 where ||SR_i^T - GT_i||_1 < ||SR_i^S - GT_i||_1, else 0: the "adaptive distillation" of the abstract
       (its condition is our reading).
 
