@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from trainers.config import Config
 from trainers.errors import InputError
-from trainers.methods import METHODS
+from trainers.methods import METHODS, Run
 from trainers.tasks import TASKS
 
 TEACHER = {"arch": "edsr", "features": 32, "blocks": 8, "weights": "builtin:edsr-x2"}
@@ -33,7 +33,7 @@ def write_starter(path: Path, task: str, method: str) -> None:
     """Writes a config that trains on the embedded photographs, where the task can make its inputs from them.
 
     Raises:
-        InputError: the file exists, or there is no such task or method.
+        InputError: the file exists, there is no such task or method, or the method refuses the task.
     """
     if path.exists():
         raise InputError(f"{path} exists already: give another file name")
@@ -62,6 +62,9 @@ def starter(task: str, method: str) -> str:
             "train": TRAIN,
         }
     )
+    refused = config.method.refusals(Run(config.scale, config.data.patch))
+    if refused:
+        raise InputError([f"method {method} {text}" for _, text in refused])
     return "\n".join(["# kdtrain check FILE, then kdtrain train FILE", *_lines(config, "")]) + "\n"
 
 
