@@ -9,11 +9,15 @@ from pydantic import Field, Tag
 from trainers.errors import InputError
 from trainers.fields import Auto, PathText, Section, absolute, shape_of
 from trainers.models import MODELS, ModelEntry, NetworkOptions
+from trainers.models.dncnn import DnCNNOptions
 from trainers.models.edsr import EDSROptions
 from trainers.models.imdn import IMDNOptions
 from trainers.models.nafnet import NAFNetOptions
+from trainers.models.rcan import RCANOptions
 from trainers.models.restormer import RestormerOptions
 from trainers.models.rlfn import RLFNOptions
+from trainers.models.swinir import SwinIROptions
+from trainers.models.uformer import UformerOptions
 from trainers.pretrained import read_weights, recognise
 
 TapName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -27,6 +31,13 @@ class NetworkFields(Section):
     """Weights to start from: a file, a checkpoint folder, builtin:NAME, teacher (a slice of it), or null. Files tell what is left out."""
     taps: Taps = "auto"
     """Where features are taken for distillation: auto (the network's usual places) or tap name -> module path."""
+
+
+class DnCNNNetwork(DnCNNOptions, NetworkFields):
+    """A DnCNN."""
+
+    arch: Literal["dncnn"]
+    """The network."""
 
 
 class EDSRNetwork(EDSROptions, NetworkFields):
@@ -50,6 +61,13 @@ class NAFNetNetwork(NAFNetOptions, NetworkFields):
     """The network."""
 
 
+class RCANNetwork(RCANOptions, NetworkFields):
+    """An RCAN."""
+
+    arch: Literal["rcan"]
+    """The network."""
+
+
 class RestormerNetwork(RestormerOptions, NetworkFields):
     """A Restormer."""
 
@@ -64,8 +82,31 @@ class RLFNNetwork(RLFNOptions, NetworkFields):
     """The network."""
 
 
+class SwinIRNetwork(SwinIROptions, NetworkFields):
+    """A SwinIR."""
+
+    arch: Literal["swinir"]
+    """The network."""
+
+
+class UformerNetwork(UformerOptions, NetworkFields):
+    """A Uformer."""
+
+    arch: Literal["uformer"]
+    """The network."""
+
+
 Network = Annotated[
-    EDSRNetwork | IMDNNetwork | NAFNetNetwork | RestormerNetwork | RLFNNetwork, Field(discriminator="arch")
+    DnCNNNetwork
+    | EDSRNetwork
+    | IMDNNetwork
+    | NAFNetNetwork
+    | RCANNetwork
+    | RestormerNetwork
+    | RLFNNetwork
+    | SwinIRNetwork
+    | UformerNetwork,
+    Field(discriminator="arch"),
 ]
 
 

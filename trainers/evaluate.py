@@ -77,7 +77,8 @@ def count_macs(network: nn.Module, shape: tuple[int, ...]) -> int:
 
     Half of what torch's FlopCounterMode counts. Nothing is computed: the pass runs on shapes only (the meta device).
     """
-    state = {name: value.detach().to("meta") for name, value in network.state_dict().items()}
+    held = [*network.named_parameters(), *network.named_buffers()]
+    state = {name: value.detach().to("meta") for name, value in held}
     with FlopCounterMode(display=False) as counter, torch.no_grad(), eval_mode(network):
         functional_call(network, state, (torch.empty(shape, device="meta"),))
     return int(counter.get_total_flops()) // 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +79,20 @@ def recognise(state_dict: Mapping[str, Tensor]) -> tuple[ModelEntry[Any], Any]:
 
 def nearest(state_dict: Mapping[str, Tensor]) -> str:
     """A sentence about the network whose key names are most like these, numbers in them apart."""
-    given = _shapes_of_names(state_dict)
-    shares: dict[str, float] = {}
-    for name, entry in MODELS.items():
-        with torch.device("meta"):
-            known = _shapes_of_names(entry.build(entry.options()).state_dict())
-        shares[name] = len(given & known) / len(given | known)
+    given = _without_numbers(state_dict)
+    shares = {name: len(given & known) / len(given | known) for name, known in _known_names().items()}
     best = max(shares, key=lambda name: shares[name])
     if shares[best] == 0:
         return "no key has a name like theirs"
     return f"they look most like {MODELS[best].title} ({shares[best]:.0%} of the key names agree)"
 
 
-def _shapes_of_names(keys: Iterable[str]) -> set[str]:
+@cache
+def _known_names() -> dict[str, set[str]]:
+    with torch.device("meta"):
+        return {name: _without_numbers(entry.build(entry.options()).state_dict()) for name, entry in MODELS.items()}
+
+
+def _without_numbers(keys: Iterable[str]) -> set[str]:
     """Key names with # for every number: body.#.weight."""
     return {re.sub(r"\d+", "#", key) for key in keys}

@@ -20,33 +20,51 @@ from trainers.config_file import load_config, read_config
 from trainers.errors import InputError
 from trainers.evaluate import count_macs, count_parameters
 from trainers.models import MODELS
+from trainers.models.swinir import Attention
+from trainers.models.windows import in_windows, merge, partition, relative_positions
 from trainers.networks import AnySize, network_of_weights
 from trainers.pretrained import read_weights, recognise
 from trainers.taps import Tapped, tap_group
 
 # A network of each architecture that runs in milliseconds.
 SMALL: dict[str, dict[str, Any]] = {
+    "dncnn": {"features": 4, "depth": 5, "image_channels": 1},
     "edsr": {"scale": 2, "features": 4, "blocks": 3},
     "imdn": {"scale": 2, "features": 8, "blocks": 3},
     "nafnet": {"width": 4, "encoder_blocks": [1, 2], "middle_blocks": 1, "decoder_blocks": [1, 1]},
+    "rcan": {"scale": 2, "features": 8, "groups": 3, "blocks": 1, "attention_features": 4, "pixel_range": 255},
     "restormer": {"dim": 8, "blocks": [1, 2, 1, 1], "refinement": 1, "norm": "bias-free"},
     "rlfn": {"scale": 2, "features": 8, "blocks": 3, "esa_features": 4},
+    "swinir": {"scale": 2, "embed_dim": 8, "depths": [2, 1, 2], "heads": [2, 2, 2], "window": 4},
+    "uformer": {"embed_dim": 4, "depths": [1, 1, 2, 2, 1], "heads": [1, 2, 2, 2, 1], "window": 2},
 }
 
-SLOW_TO_EXPORT = ["restormer"]  # 15 s
+SLOW_TO_EXPORT = ["restormer", "uformer"]  # 15 s
 
+LIGHT = {"embed_dim": 60, "depths": [6] * 4, "heads": [6] * 4, "upsampler": "pixelshuffledirect"}
 PUBLISHED = [
     # arch, options, parameters, where the figure is published
+    ("dncnn", {"image_channels": 1}, 555_137, "0.56 M: DnCNN, 17 layers, grey"),
+    ("dncnn", {"depth": 20}, 668_227, "0.67 M: DnCNN-B, 20 layers, colour"),
     ("edsr", {"scale": 2}, 1_369_859, "1.37 M: Lim et al. 2017 and its released code"),
     ("edsr", {"scale": 2, "features": 256, "blocks": 32}, 40_729_603, "40.7 M: SwinIR, table 2 (EDSR x2)"),
     ("imdn", {"scale": 4}, 893_936, "0.894 M: NTIRE 2022 ESR report, table 1"),
     ("nafnet", {}, 17_111_907, "17.1 M: NAFNet, width 32, GoPro release"),
     ("nafnet", {"width": 64}, 67_888_835, "67.9 M: NAFNet, width 64, GoPro release"),
+    ("rcan", {"scale": 4}, 15_592_355, "15.59 M: RCAN x4"),
     ("restormer", {}, 26_126_644, "26.13 M: Restormer release, deraining and deblurring"),
     ("restormer", {"norm": "bias-free"}, 26_111_668, "26.11 M: Restormer release, Gaussian colour denoising"),
     ("rlfn", {"scale": 2}, 526_856, "527 K: RLFN, table 2"),
     ("rlfn", {"scale": 4}, 543_740, "544 K: RLFN, table 2"),
     ("rlfn", {"scale": 4, "features": 48}, 470_208, "released weights of RLFN-S"),
+    ("swinir", {}, 11_752_487, "11.8 M: SwinIR, classical x2"),
+    # The paper's counts for the lightweight networks leave out the position bias tables, 24 blocks of 225 x 6 numbers.
+    ("swinir", LIGHT | {"scale": 2}, 877_752 + 32_400, "878 K: SwinIR, lightweight x2"),
+    ("swinir", LIGHT | {"scale": 3}, 885_867 + 32_400, "886 K: SwinIR, lightweight x3"),
+    ("swinir", LIGHT | {"scale": 4}, 897_228 + 32_400, "897 K: SwinIR, lightweight x4"),
+    ("uformer", {}, 50_880_946, "50.88 M: Uformer-B"),
+    ("uformer", {"depths": [2] * 9, "modulator": False}, 20_628_317, "20.63 M: Uformer-S"),
+    ("uformer", {"depths": [2] * 9, "modulator": False, "embed_dim": 16}, 5_230_413, "5.23 M: Uformer-T"),
 ]
 
 
@@ -77,7 +95,13 @@ def test_published_parameter_counts(arch: str, options: dict[str, Any], paramete
 
 
 counts = st.integers(1, 3)
+pixel_ranges = st.sampled_from([1, 255])
+scales = st.sampled_from([1, 2, 3, 4, 8])
+per_group = st.lists(counts, min_size=2, max_size=2)
 OPTIONS = {
+    "dncnn": st.fixed_dictionaries(
+        {"features": counts, "depth": st.integers(2, 6), "image_channels": st.sampled_from([1, 3])}
+    ),
     "edsr": st.fixed_dictionaries({"scale": st.sampled_from([2, 3, 4, 8]), "features": counts, "blocks": counts}),
     "imdn": st.fixed_dictionaries(
         {"scale": st.sampled_from([2, 3, 4, 8]), "features": st.sampled_from([4, 12]), "blocks": counts}
@@ -95,6 +119,16 @@ OPTIONS = {
             }
         )
     ),
+    "rcan": st.fixed_dictionaries(
+        {
+            "scale": scales,
+            "features": counts,
+            "groups": counts,
+            "blocks": counts,
+            "attention_features": counts,
+            "pixel_range": pixel_ranges,
+        }
+    ),
     "restormer": st.fixed_dictionaries(
         {
             "dim": st.sampled_from([4, 8, 16]),
@@ -109,6 +143,36 @@ OPTIONS = {
     ),
     "rlfn": st.fixed_dictionaries(
         {"scale": st.sampled_from([2, 3, 4, 8]), "features": counts, "blocks": counts, "esa_features": counts}
+    ),
+    "swinir": st.sampled_from(
+        [(1, "none"), (2, "pixelshuffle"), (3, "pixelshuffle"), (8, "pixelshuffle")]
+        + [(scale, "pixelshuffledirect") for scale in (2, 3, 4)]
+        + [(scale, "nearest+conv") for scale in (2, 4)]
+    ).flatmap(
+        lambda end: st.fixed_dictionaries(
+            {
+                "scale": st.just(end[0]),
+                "upsampler": st.just(end[1]),
+                "embed_dim": st.sampled_from([6, 12]),
+                "depths": per_group,
+                "heads": per_group,
+                "window": st.sampled_from([2, 4, 8]),
+                "mlp_ratio": st.sampled_from([1.5, 2.0, 4.0]),
+                "residual_conv": st.sampled_from(["1conv", "3conv"]),
+                "image_channels": st.sampled_from([1, 3]),
+            }
+        )
+    ),
+    "uformer": st.fixed_dictionaries(
+        {
+            "embed_dim": st.sampled_from([6, 12]),
+            "depths": st.lists(counts, min_size=5, max_size=5),
+            "heads": st.lists(counts, min_size=5, max_size=5),
+            "window": st.sampled_from([2, 4, 8]),
+            "mlp_ratio": st.sampled_from([1.5, 2.0, 4.0]),
+            "modulator": st.booleans(),
+            "image_channels": st.sampled_from([1, 3]),
+        }
     ),
 }
 
@@ -159,7 +223,7 @@ def test_no_tap_is_changed_after_it_was_taken(arch: str) -> None:
     assert all(torch.equal(now, then) for now, then in kept)
 
 
-@pytest.mark.parametrize("arch", ["nafnet", "restormer"])
+@pytest.mark.parametrize("arch", ["nafnet", "restormer", "uformer"])
 def test_taps_of_a_u_shape_halve_their_size_level_by_level(arch: str) -> None:
     network, options = make(arch)
     _, taps = Tapped(network, MODELS[arch].natural_taps(options))(image(arch, options))
@@ -310,6 +374,37 @@ KEYS = {
         encoder_levelN.N.ffn.project_in.weight encoder_levelN.N.ffn.dwconv.weight encoder_levelN.N.ffn.project_out.weight
         downN_N.body.N.weight upN_N.body.N.weight reduce_chan_levelN.weight output.weight
     """,
+    "dncnn": "model.N.weight model.N.bias",
+    "rcan": """
+        head.N.weight head.N.bias body.N.body.N.body.N.weight body.N.body.N.body.N.bias body.N.body.N.body.N.conv_du.N.weight
+        body.N.body.N.body.N.conv_du.N.bias body.N.body.N.weight body.N.body.N.bias body.N.weight body.N.bias
+        tail.N.N.weight tail.N.N.bias tail.N.weight tail.N.bias
+        sub_mean.weight sub_mean.bias add_mean.weight add_mean.bias
+    """,
+    "swinir": """
+        conv_first.weight conv_first.bias patch_embed.norm.weight patch_embed.norm.bias norm.weight norm.bias
+        layers.N.residual_group.blocks.N.normN.weight layers.N.residual_group.blocks.N.normN.bias
+        layers.N.residual_group.blocks.N.attn.relative_position_bias_table
+        layers.N.residual_group.blocks.N.attn.relative_position_index
+        layers.N.residual_group.blocks.N.attn.qkv.weight layers.N.residual_group.blocks.N.attn.qkv.bias
+        layers.N.residual_group.blocks.N.attn.proj.weight layers.N.residual_group.blocks.N.attn.proj.bias
+        layers.N.residual_group.blocks.N.mlp.fcN.weight layers.N.residual_group.blocks.N.mlp.fcN.bias
+        layers.N.conv.weight layers.N.conv.bias conv_after_body.weight conv_after_body.bias
+        conv_before_upsample.N.weight conv_before_upsample.N.bias upsample.N.weight upsample.N.bias
+        conv_last.weight conv_last.bias
+    """,
+    "uformer": """
+        input_proj.proj.N.weight input_proj.proj.N.bias output_proj.proj.N.weight output_proj.proj.N.bias
+        dowsample_N.conv.N.weight dowsample_N.conv.N.bias upsample_N.deconv.N.weight upsample_N.deconv.N.bias
+        encoderlayer_N.blocks.N.normN.weight encoderlayer_N.blocks.N.normN.bias
+        encoderlayer_N.blocks.N.attn.relative_position_bias_table encoderlayer_N.blocks.N.attn.relative_position_index
+        encoderlayer_N.blocks.N.attn.qkv.to_q.weight encoderlayer_N.blocks.N.attn.qkv.to_q.bias
+        encoderlayer_N.blocks.N.attn.qkv.to_kv.weight encoderlayer_N.blocks.N.attn.qkv.to_kv.bias
+        encoderlayer_N.blocks.N.attn.proj.weight encoderlayer_N.blocks.N.attn.proj.bias
+        encoderlayer_N.blocks.N.mlp.linearN.N.weight encoderlayer_N.blocks.N.mlp.linearN.N.bias
+        encoderlayer_N.blocks.N.mlp.dwconv.N.weight encoderlayer_N.blocks.N.mlp.dwconv.N.bias
+        encoderlayer_N.blocks.N.modulator.weight
+    """,
     "nafnet": """
         intro.weight intro.bias ending.weight ending.bias downs.N.weight downs.N.bias ups.N.N.weight
         encoders.N.N.beta encoders.N.N.gamma encoders.N.N.convN.weight encoders.N.N.convN.bias encoders.N.N.sca.N.weight
@@ -318,11 +413,63 @@ KEYS = {
 }
 
 
+def test_masks_in_a_swinir_checkpoint_are_left_out() -> None:
+    network, options = make("swinir")
+    state = dict(network.state_dict())
+    state["layers.0.residual_group.blocks.1.attn_mask"] = torch.zeros(64, 16, 16)
+    entry, found, opened = network_of_weights(state)
+    assert (entry.name, found) == ("swinir", options)
+    x = image("swinir", options)
+    assert torch.equal(opened.eval()(x), network(x))
+    assert "layers.0.residual_group.blocks.1.attn_mask" in state  # the caller's dictionary stays as it was
+
+
+def test_shifted_windows_see_only_their_neighbours() -> None:
+    """With a shift, positions on the two sides of the image's border share a window, and must not see each other."""
+    network = Attention(channels=4, window=4, heads=2)
+    x = torch.rand(1, 8, 8, 4, requires_grad=True)
+    seen = in_windows(x, 4, 2, network)[0, 0, 0].sum()
+    (gradient,) = torch.autograd.grad(seen, x)
+    reached = gradient[0].abs().sum(dim=2) > 1e-20  # beyond the mask it is e^-100
+    assert reached[:2, :2].all()
+    assert reached.sum() == 4
+
+
+def test_window_partition_is_undone() -> None:
+    x = torch.rand(2, 8, 12, 3)
+    windows = partition(x, 4)
+    assert windows.shape == (12, 16, 3)
+    assert torch.equal(windows[1], x[0, :4, 4:8].reshape(16, 3))
+    assert torch.equal(merge(windows, 4, 8, 12), x)
+
+
+def test_relative_positions_are_those_of_swin() -> None:
+    """dy and dx from -1 to 1 in a window of 2, row by row: the published index of a 2 x 2 window."""
+    assert relative_positions(2).tolist() == [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
+
+
+def test_uformer_shifts_where_an_image_of_its_training_is_more_than_a_window() -> None:
+    network, _ = make("uformer", depths=[2, 2, 2, 2, 2], train_size=8)
+    shifts = {
+        path: [block.shift for block in level.blocks]
+        for path, level in network.named_children()
+        if hasattr(level, "blocks")
+    }
+    assert shifts == {
+        "encoderlayer_0": [0, 1],
+        "encoderlayer_1": [0, 1],
+        "conv": [0, 0],
+        "decoderlayer_0": [0, 1],
+        "decoderlayer_1": [0, 1],
+    }
+
+
 @pytest.mark.parametrize("arch", KEYS)
 def test_published_key_names(arch: str) -> None:
     def without_levels(key: str) -> str:
         key = re.sub(r"(decoder_level\d|latent|refinement)\.", "encoder_level1.", key)
         key = re.sub(r"^(decoders\.\d+|middle_blks)\.", "encoders.0.", key)
+        key = re.sub(r"^(decoderlayer_\d|conv)\.blocks", "encoderlayer_0.blocks", key)
         return re.sub(r"\d+", "N", key)
 
     assert {without_levels(key) for key in make(arch)[0].state_dict()} == set(KEYS[arch].split())

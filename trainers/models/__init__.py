@@ -15,17 +15,31 @@ import difflib
 from typing import Any
 
 from trainers.errors import InputError
+from trainers.models.dncnn import DNCNN_ENTRY
 from trainers.models.edsr import EDSR_ENTRY
 from trainers.models.entry import ModelEntry, NetworkOptions
 from trainers.models.imdn import IMDN_ENTRY
 from trainers.models.nafnet import NAFNET_ENTRY
+from trainers.models.rcan import RCAN_ENTRY
 from trainers.models.restormer import RESTORMER_ENTRY
 from trainers.models.rlfn import RLFN_ENTRY
+from trainers.models.swinir import SWINIR_ENTRY
+from trainers.models.uformer import UFORMER_ENTRY
 
 __all__ = ["MODELS", "ModelEntry", "NetworkOptions", "find"]
 
 # Each entry has its own type of options, so the registry as a whole is typed Any in that place.
-ENTRIES: list[ModelEntry[Any]] = [EDSR_ENTRY, IMDN_ENTRY, NAFNET_ENTRY, RESTORMER_ENTRY, RLFN_ENTRY]
+ENTRIES: list[ModelEntry[Any]] = [
+    DNCNN_ENTRY,
+    EDSR_ENTRY,
+    IMDN_ENTRY,
+    NAFNET_ENTRY,
+    RCAN_ENTRY,
+    RESTORMER_ENTRY,
+    RLFN_ENTRY,
+    SWINIR_ENTRY,
+    UFORMER_ENTRY,
+]
 MODELS = {entry.name: entry for entry in ENTRIES}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from trainers.models.entry import Count, ModelEntry, NetworkOptions
 from trainers.models.keys import count, require
-from trainers.models.layers import DIV2K_MEAN, MeanShift, conv3x3, thirds, upsampler
+from trainers.models.layers import DIV2K_MEAN, MeanShift, conv3x3, thirds, upsampler, upsampler_scale
 
 
 class EDSROptions(NetworkOptions):
@@ -80,11 +80,9 @@ def options_from_state_dict(state_dict: Mapping[str, Tensor]) -> EDSROptions:
     """
     require(state_dict, "EDSR", "head.0.weight", "body.0.body.0.weight", "tail.1.weight", "sub_mean.bias")
     features = state_dict["head.0.weight"].shape[0]
-    shuffles = count(state_dict, r"tail\.0\.(\d+)\.")
-    by_three = shuffles == 1 and state_dict["tail.0.0.weight"].shape[0] == 9 * features
     return EDSROptions.model_validate(
         {
-            "scale": 3 if by_three else 2**shuffles,
+            "scale": upsampler_scale(state_dict, "tail.0", features),
             "features": features,
             "blocks": count(state_dict, r"body\.(\d+)\.body\."),
             "res_scale": 0.1 if features >= 256 else 1.0,

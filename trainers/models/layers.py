@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
+
+from trainers.models.keys import count
 
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)  # RGB mean of DIV2K's training images, pixels in [0, 1]
 
@@ -28,6 +33,13 @@ def upsampler(scale: int, features: int) -> nn.Sequential:
     for factor in factors:
         layers += [conv3x3(features, features * factor**2), nn.PixelShuffle(factor)]
     return nn.Sequential(*layers)
+
+
+def upsampler_scale(state_dict: Mapping[str, Tensor], prefix: str, features: int) -> int:
+    """The scale of the upsampler whose weights have this prefix: 3 or a power of 2."""
+    shuffles = count(state_dict, rf"{re.escape(prefix)}\.(\d+)\.")
+    by_three = shuffles == 1 and state_dict[f"{prefix}.0.weight"].shape[0] == 9 * features
+    return 3 if by_three else 2**shuffles
 
 
 class ChannelNorm(nn.Module):
