@@ -10,6 +10,7 @@ from pydantic import Field, Tag, ValidationInfo, model_validator
 from trainers.architectures import Network, described, entry, has_scale, options
 from trainers.data.degradations import AnyDegradation, Bicubic
 from trainers.fields import PHOTOS, TEACHER, Auto, PathText, Section, Share, base_folder, shape_of
+from trainers.inference import Tiled
 from trainers.methods import AnyMethodOptions, Run
 from trainers.metrics import PROTOCOLS
 from trainers.tasks import TASKS
@@ -126,6 +127,8 @@ class Val(Section):
     """Steps between validations; the last step is always validated."""
     protocol: Literal["sr-y", "denoise-rgb", "denoise-grey", "derain-y", "deblur-rgb", "dehaze-rgb"] = "sr-y"
     """How PSNR and SSIM are measured: colour space, range, rounding and border; the default is the task's."""
+    tile: int | None = Field(default=None, ge=8)
+    """Side of the tiles in which images are restored, in pixels of the input: less memory; null restores them whole."""
     save_images: int = Field(default=4, ge=0)
     """Images per set kept in the run folder for the report."""
 
@@ -228,6 +231,11 @@ def network_contradictions(config: Config, role: str, network: Network) -> Itera
     unit = scale * entry(network).multiple_of(chosen)
     if patch % unit:
         yield "data.patch", f"{patch} is not a multiple of {unit}, as the {role} at scale {scale} needs"
+    if config.val.tile is not None:
+        try:
+            Tiled(lambda image: image, config.val.tile, multiple_of=entry(network).multiple_of(chosen))
+        except ValueError as error:
+            yield "val.tile", f"does not fit the {role}: {error}"
     least = scale * entry(network).least_side(chosen)
     if patch < least:
         yield "data.patch", f"{patch} is below {least}, the least that the {role} takes at scale {scale}"

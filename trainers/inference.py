@@ -11,6 +11,9 @@ from torch import Tensor, nn
 Restorer = Callable[[Tensor], Tensor]  # (B, C, h, w) -> (B, C, scale * h, scale * w), in [0, 1]
 
 
+OVERLAP = 32  # pixels of the input that neighbouring tiles share
+
+
 class Around(nn.Module):
     """Base of what is put around a restorer; a network stays a submodule, so that eval() and to() reach it."""
 
@@ -28,18 +31,20 @@ class Tiled(Around):
     """
 
     def __init__(
-        self, restorer: Restorer, tile: int, *, overlap: int = 32, scale: int = 1, multiple_of: int = 1
+        self, restorer: Restorer, tile: int, *, overlap: int | None = None, scale: int = 1, multiple_of: int = 1
     ) -> None:
         """
         Args:
             tile: side of a tile in pixels of the input.
-            overlap: pixels of the input that neighbouring tiles share; a multiple of 4, at most half a tile.
+            overlap: pixels of the input that neighbouring tiles share, a multiple of 4, at most half a tile; None: 32, or the next
+                multiple of `multiple_of`.
             multiple_of: the network's: tiles begin at its multiples, as a U-shaped network's pixel grids need.
 
         Raises:
             ValueError: a tile or an overlap that does not fit.
         """
         super().__init__(restorer)
+        overlap = -(-OVERLAP // multiple_of) * multiple_of if overlap is None else overlap
         if overlap < 4 or overlap % 4 or 2 * overlap > tile:
             raise ValueError(
                 f"overlap must be a multiple of 4, at least 4 and at most half the tile, got {overlap} for {tile}"

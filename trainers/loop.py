@@ -235,7 +235,8 @@ class Loop:
         """Measures the result on every set; whether it is the best so far on the first."""
         improved = False
         if self.fabric.is_global_zero:
-            for index, measured in enumerate(self.validation(any_size(self.config.student, self.result))):
+            restorer = any_size(self.config.student, self.result, self.config.val.tile)
+            for index, measured in enumerate(self.validation(restorer)):
                 self._write({"kind": "val", "step": self.position.step, **measured, "seconds": self.position.seconds})
                 best = self.position.best
                 if index == 0 and (best is None or measured["psnr"] > best["psnr"]):

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from trainers import architectures
 from trainers.architectures import Network
 from trainers.errors import InputError
+from trainers.inference import Tiled
 from trainers.models import ModelEntry
 from trainers.pretrained import nearest, read_weights, recognise
 
@@ -81,9 +82,10 @@ def network_of_weights(state_dict: Mapping[str, Tensor]) -> tuple[ModelEntry[Any
     return entry, options, network
 
 
-def any_size(network: Network, built: nn.Module) -> AnySize:
-    """The built network of a config, for images of any size."""
-    return AnySize(built, architectures.entry(network), architectures.options(network))
+def any_size(network: Network, built: nn.Module, tile: int | None = None) -> AnySize | Tiled:
+    """The built network of a config, for images of any size; tile by tile if asked."""
+    whole = AnySize(built, architectures.entry(network), architectures.options(network))
+    return whole if tile is None else whole.in_tiles(tile)
 
 
 class AnySize(nn.Module):
@@ -98,6 +100,10 @@ class AnySize(nn.Module):
         self.scale = entry.scale(options)
         self.multiple_of = entry.multiple_of(options)
         self.least_side = entry.least_side(options)
+
+    def in_tiles(self, tile: int) -> Tiled:
+        """It restores tiles of tile x tile input pixels. ValueError for a tile that does not fit the network."""
+        return Tiled(self, tile, scale=self.scale, multiple_of=self.multiple_of)
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]

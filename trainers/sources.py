@@ -12,12 +12,10 @@ from trainers.checkpoint import Checkpoints
 from trainers.config import Config
 from trainers.config_file import load_config
 from trainers.errors import InputError
-from trainers.inference import Around, SelfEnsemble, Tiled
+from trainers.inference import Around, SelfEnsemble
 from trainers.models import ModelEntry
 from trainers.networks import AnySize, network_of_weights
 from trainers.pretrained import read_weights
-
-OVERLAP = 32  # pixels of the input that neighbouring tiles share
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,8 @@ class Source:
         """
         restorer: AnySize | Around = self.network
         if tile is not None:
-            unit = self.network.multiple_of
             try:
-                overlap = -(-OVERLAP // unit) * unit
-                restorer = Tiled(restorer, tile, overlap=overlap, scale=self.network.scale, multiple_of=unit)
+                restorer = self.network.in_tiles(tile)
             except ValueError as error:
                 raise InputError(f"--tile {tile}: {error}") from None
         return SelfEnsemble(restorer).eval() if ensemble else restorer.eval()

@@ -54,11 +54,11 @@ def write_results(
     from trainers.report import write_report
 
     run = validation.config
-    student = networks.any_size(run.student, student)
+    student = networks.any_size(run.student, student, run.val.tile)
     restorers: dict[str, Callable[[Tensor], Tensor]] = dict([baseline(run.scale)]) | {"student": student}
     if run.teacher is not None:
         built = networks.build_network(run.teacher, "teacher").eval().requires_grad_(False)
-        teacher = networks.any_size(run.teacher, built)
+        teacher = networks.any_size(run.teacher, built, run.val.tile)
         restorers["teacher"] = teacher.to(validation.device)
     scores = {who: validation.scores(restorer) for who, restorer in restorers.items()}
     for name, pairs in validation.sets.items():

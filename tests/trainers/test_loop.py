@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trainers.tiny import TEACHER, last_state, metrics, tiny, write_tiny, write_yaml
+from tests.trainers.tiny import TEACHER, last_state, metrics, tiny, write_images, write_tiny, write_yaml
 from trainers import loop, schedule
 from trainers.checkpoint import SaveFailed
 from trainers.cli import main
@@ -45,6 +45,21 @@ def test_accumulation_changes_nothing(tmp_path: Path, method: str) -> None:
     assert main(["train", str(config)]) == 0
     assert main(["train", str(config), "--set", "name=split", "--set", "train.accumulate=2"]) == 0
     assert_same_training(tmp_path / "runs" / method, tmp_path / "runs" / "split")
+
+
+def test_validation_in_tiles_finds_the_same(tmp_path: Path) -> None:
+    """The tiny network sees hardly farther than a quarter of the overlap."""
+    tree = tiny(tmp_path) | {"val": {"every": 2, "tile": None}}
+    write_images(tmp_path / "large", 1, (150, 200))
+    tree["data"]["val"] = [{"name": "large", "gt": "large"}]
+    config = write_yaml(tmp_path, tree)
+    assert main(["train", str(config)]) == 0
+    assert main(["train", str(config), "--set", "name=tiled", "--set", "val.tile=64"]) == 0
+    whole, tiled = (
+        [line["psnr"] for line in metrics(tmp_path / "runs" / name) if line["kind"] == "val"]
+        for name in ("scratch", "tiled")
+    )
+    assert tiled == pytest.approx(whole, abs=1e-3)
 
 
 @pytest.mark.parametrize("method", ["facd", "output"])
