@@ -49,8 +49,10 @@ class ValSet(ImageFolders):
 
 
 TrainImages = Annotated[
-    Annotated[Literal["photos"], Tag("text")] | Annotated[TrainFolders, Tag("mapping")],
-    shape_of("photos or {gt: folder, lq: folder or null}"),
+    Annotated[Literal["photos"], Tag("text")]
+    | Annotated[TrainFolders, Tag("mapping")]
+    | Annotated[list[TrainFolders], Field(min_length=1), Tag("list")],
+    shape_of("photos, {gt: folder, lq: folder or null} or a list of such folders"),
 ]
 
 
@@ -58,7 +60,7 @@ class Data(Section):
     """Images."""
 
     train: TrainImages = "photos"
-    """Images to train on: photos (embedded photographs) or folders."""
+    """Images to train on: photos (embedded photographs), folders, or a list of folders."""
     val: list[ValSet] = Field(default=[ValSet(name=PHOTOS, gt=PHOTOS)], min_length=1)
     """Sets to validate on; the best checkpoint is chosen on the first."""
     degradation: AnyDegradation | None = Bicubic()
@@ -71,6 +73,13 @@ class Data(Section):
     """Effective batch size: samples per optimiser step, over all micro-batches and devices."""
     workers: int = Field(default=0, ge=0)
     """Processes that load images; the batches do not depend on it."""
+
+    @property
+    def train_folders(self) -> list[TrainFolders]:
+        """The folders to train on; none for the embedded photographs."""
+        if isinstance(self.train, str):
+            return []
+        return self.train if isinstance(self.train, list) else [self.train]
 
 
 class Train(Section):
@@ -247,9 +256,9 @@ def data_contradictions(config: Config) -> list[tuple[str, str]]:
     if (config.scale == 1) != (TASKS[config.task].scale == 1):
         needed = "give 2, 3, 4 or 8" if config.scale == 1 else "leave it out"
         found.append(("scale", f"{config.scale} does not belong to task {config.task}: {needed}"))
-    train = None if isinstance(data.train, str) else data.train.lq
+    train = [folders.lq for folders in data.train_folders] or [None]
     sets = [
-        ("data.train", train, data.degradation),
+        *(("data.train", lq, data.degradation) for lq in train),
         *(("data.val", entry.lq, entry.degradation or data.degradation) for entry in data.val),
     ]
     for key, lq, degradation in sets:

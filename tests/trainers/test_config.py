@@ -130,6 +130,8 @@ def test_the_method_block(tmp_path: Path, change: str, said: str) -> None:
             "val.protocol: denoise-rgb is not for grey images: denoise-grey",
         ),
         (["val.tile=40"], "val.tile: does not fit the student: overlap must be"),
+        (["data.train=[{gt: a}, {gd: b}]"], "data.train.1.gd: unknown key; known here: gt, lq"),
+        (["data.train=7"], "data.train: must be photos, {gt: folder"),
         (["task=denose"], "--set task=denose: task: Input should be 'sr', 'denoise'"),
         (["train.step=10"], "--set train.step=10: train.step: unknown key; did you mean steps?"),
         (["train.lr=fast"], "--set train.lr=fast: train.lr: Input should be a valid number"),

@@ -327,6 +327,15 @@ def test_excluded_images_are_left_out(tmp_path: Path) -> None:
         open_train_set(wrong, 2, 16)
 
 
+def test_several_training_folders(tmp_path: Path) -> None:
+    folders = [TrainFolders(gt=str(write_images(tmp_path / name, count))) for name, count in (("one", 2), ("two", 3))]
+    train = open_train_set(Data(train=folders, patch=16, batch=1), 2, 16)
+    assert [pair.gt.parent.name for pair in train.pairs.files] == ["one"] * 2 + ["two"] * 3
+    with pytest.raises(InputError) as caught:
+        open_train_set(Data(train=[*folders, TrainFolders(gt=f"{tmp_path}/three")], patch=16, batch=1), 2, 16)
+    assert "three: no such folder" in caught.value.problems[0]
+
+
 def image_of(value: int) -> Tensor:
     return torch.full((3, 16, 16), value, dtype=torch.uint8)
 

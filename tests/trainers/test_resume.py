@@ -39,11 +39,12 @@ def run_killed(step: int, with_signal: str, *arguments: str) -> subprocess.Compl
     return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("method", ["scratch", "facd"])
-def test_killed_and_resumed_is_bit_equal(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "task"), [("scratch", "derain"), ("facd", "sr")])
+def test_killed_and_resumed_is_bit_equal(tmp_path: Path, method: str, task: str) -> None:
     config = write_tiny(tmp_path, method, steps=40, save_every=20, log_every=5, accumulate=2)
     runs = tmp_path / "runs"
-    weights = [] if method == "scratch" else ["--set", "method.weights.contrast={share: 0.1}"]
+    changed = [f"task={task}"] if method == "scratch" else ["method.weights.contrast={share: 0.1}"]
+    weights = [part for text in changed for part in ("--set", text)]
     assert main(["train", str(config), *weights]) == 0
     killed = run_killed(27, "SIGKILL", "train", str(config), "--set", "name=killed", *weights)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -199,7 +199,8 @@ def val_problems(entry: ValSet, scale: int) -> list[str]:
 def train_files(data: Data) -> tuple[list[PairFiles], list[str]]:
     if isinstance(data.train, str):
         return match_photos(TRAIN_PHOTOS)
-    return match_folders(*folders(data.train), exclude=data.train.exclude)
+    matched = [match_folders(*folders(images), exclude=images.exclude) for images in data.train_folders]
+    return [pair for pairs, _ in matched for pair in pairs], [text for _, problems in matched for text in problems]
 
 
 def val_files(entry: ValSet) -> tuple[list[PairFiles], list[str]]:
