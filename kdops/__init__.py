@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .affinity import affinity_distance
 from .channel_attention import channel_attention, channel_attention_distance
+from .codebook import codebook_cross_entropy
 from .contrast import contrastive_ratio, matched_distance, pairwise_distance
 from .dispatch import backend, explain, info
 from .spatial_attention import spatial_attention
@@ -22,6 +23,7 @@ __all__ = [
     "backend",
     "channel_attention",
     "channel_attention_distance",
+    "codebook_cross_entropy",
     "contrastive_ratio",
     "explain",
     "info",

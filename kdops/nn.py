@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .affinity import affinity_distance
 from .channel_attention import channel_attention, channel_attention_distance
+from .codebook import codebook_cross_entropy
 from .contrast import contrastive_ratio, matched_distance, pairwise_distance
 from .spatial_attention import spatial_attention
 
@@ -109,4 +110,22 @@ class AffinityDistance(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return affinity_distance(
             student, teacher, p=self.p, statistic=self.statistic, eps=self.eps, backend=self.backend
+        )
+
+
+class CodebookCrossEntropy(nn.Module):
+    """`kdops.codebook_cross_entropy` as a module: student, teacher (B, D, *S) or (M, D), codebook (K, D) -> scalar, or (B, *S) or (M,)."""
+
+    def __init__(self, *, temperature: float = 1.0, reduction: str = "mean", backend: str = "auto") -> None:
+        super().__init__()
+        self.temperature, self.reduction, self.backend = temperature, reduction, backend
+
+    def forward(self, student: Tensor, teacher: Tensor, codebook: Tensor) -> Tensor:
+        return codebook_cross_entropy(
+            student,
+            teacher,
+            codebook,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            backend=self.backend,
         )
