@@ -153,6 +153,16 @@ def parser() -> argparse.ArgumentParser:
     codec.add_argument("--steps", type=int, default=2000, help="optimiser steps (default: 2000)")
     codec.add_argument("--seed", type=int, default=0, help="seed of weights and patches (default: 0)")
 
+    export = _command(
+        commands, "export", "write a student as safetensors and ONNX, with a card of what it is and costs", _export
+    )
+    export.add_argument("source", type=Path, help="run folder, checkpoint folder, .safetensors or .pth file")
+    export.add_argument("-o", "--out", type=Path, help="folder to write (default: export-NAME)")
+    export.add_argument("--onnx", action="store_true", help="also write ONNX, compared with torch; needs kdops[onnx]")
+    export.add_argument(
+        "--size", type=_size, default=(256, 256), metavar="HxW", help="image to measure on (default: 256x256)"
+    )
+
     _command(commands, "doctor", "show what this machine has and which backends run", _doctor)
     return top
 
@@ -305,6 +315,21 @@ def _codec(options: argparse.Namespace) -> int:
     progress = TrainingProgress(Console(stderr=True), 0, options.steps, shown=True)
     train_codec(options.out, data, options.steps, options.seed, progress)
     print(f"wrote {options.out}; use it with method.features={{name: codec, weights: {options.out}}}")
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, cross, width = text.partition("x")
+    if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
+        raise argparse.ArgumentTypeError(f"{text}: give height and width, such as 256x256")
+    return int(height), int(width)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from trainers.export import export
+
+    out = options.out or Path(f"export-{options.source.resolve().name}")
+    for file in export(options.source, out, onnx=options.onnx, size=options.size):
+        print(file)
     return 0
 
 
