@@ -315,6 +315,7 @@ def _codec(options: argparse.Namespace) -> int:
     progress = TrainingProgress(Console(stderr=True), 0, options.steps, shown=True)
     train_codec(options.out, data, options.steps, options.seed, progress)
     print(f"wrote {options.out}; use it with method.features={{name: codec, weights: {options.out}}}")
+    return 0
 
 
 def _size(text: str) -> tuple[int, int]:
