@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from trainers import methods, networks
+from trainers.architectures import Network
 from trainers.config import Config, Train
 from trainers.config_file import changes, load_config
 from trainers.data.sets import TrainSet, open_train_set
@@ -25,7 +26,7 @@ from trainers.run_folder import RunFolder
 from trainers.signals import sigterm_interrupts
 from trainers.slicing import build_student
 from trainers.step import TrainStep
-from trainers.taps import Adapters, Tapped
+from trainers.taps import Adapters, Tapped, tap_group
 from trainers.validation import Validation, write_results
 
 Placed = TypeVar("Placed", bound=nn.Module)
@@ -132,7 +133,7 @@ def build_step(
     """The TrainStep of a config, on the device; its adapters calibrated on the batch of step 0 if asked."""
     method = methods.build(config.method)
     needs = method.requirements()
-    tapped = Tapped(_placed(student, config.train, device), networks.tap_paths(config.student) if needs.taps else {})
+    tapped = Tapped(_placed(student, config.train, device), wanted_taps(config.student, needs))
     if config.train.recompute:
         recompute(student, tapped.paths.values())
     teachers = {}
@@ -140,8 +141,7 @@ def build_step(
         assert config.teacher is not None  # config.contradictions saw to it
         described = config.teacher.model_copy(update={"weights": needs.weights.get(name, config.teacher.weights)})
         teacher = networks.build_network(described, name).eval().requires_grad_(False)
-        paths = networks.tap_paths(config.teacher) if needs.taps else {}
-        teachers[name] = Tapped(_placed(teacher, config.train, device), paths)
+        teachers[name] = Tapped(_placed(teacher, config.train, device), wanted_taps(config.teacher, needs))
     first_batch = FirstBatch(config, train_set, device)
     adapters = None
     if needs.taps and needs.adapters:
@@ -156,6 +156,13 @@ def build_step(
         with torch.no_grad():
             method.calibrate(first_batch, train_step.teachers)
     return train_step
+
+
+def wanted_taps(network: Network, needs: methods.Requirements) -> dict[str, str]:
+    """Name and module path of the taps that a method wants of a network."""
+    paths = networks.tap_paths(network) if needs.taps else {}
+    groups = needs.tap_groups
+    return {name: path for name, path in paths.items() if groups is None or tap_group(name) in groups}
 
 
 class FirstBatch:

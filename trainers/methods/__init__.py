@@ -9,6 +9,7 @@ from pydantic import Field
 from trainers.methods.at import AT, ATOptions
 from trainers.methods.base import Batch, Features, Method, MethodOptions, Network, Requirements, Run
 from trainers.methods.csd import CSD, CSDOptions
+from trainers.methods.dckd import DCKD, DCKDOptions
 from trainers.methods.dukd import DUKD, DUKDOptions
 from trainers.methods.facd import FACD, FACDOptions
 from trainers.methods.fakd import FAKD, FAKDOptions
@@ -39,7 +40,8 @@ AnyMethodOptions = Annotated[
     | RKDOptions
     | CSDOptions
     | DUKDOptions
-    | FACDOptions,
+    | FACDOptions
+    | DCKDOptions,
     Field(discriminator="name"),
 ]
 
@@ -53,6 +55,7 @@ METHODS: dict[str, tuple[type[MethodOptions], Any]] = {
     "csd": (CSDOptions, CSD),
     "dukd": (DUKDOptions, DUKD),
     "facd": (FACDOptions, FACD),
+    "dckd": (DCKDOptions, DCKD),
 }
 
 

@@ -54,6 +54,8 @@ class Requirements:
     """Names of its frozen teachers."""
     taps: bool = False
     """Features of student and teacher at their taps."""
+    tap_groups: tuple[str, ...] | None = None
+    """Of which groups (`trainers.taps.tap_group`) the taps are wanted; None: of all. Several devices stall on an adapter without a loss."""
     adapters: bool = True
     """Trainable 1x1 adapters behind the student's taps, and RMS division behind the teacher's. False: taps as they are."""
     weights: Mapping[str, str] = field(default_factory=dict)
