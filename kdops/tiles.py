@@ -8,9 +8,14 @@ Under TRITON_INTERPRET=1 a kernel runs on NumPy, which has no bfloat16: casts tr
 Kernels therefore compute in float32 and go through `load`, `store` and `dot`; tests/test_tiles.py refuses the bare forms.
 """
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.runtime.driver import driver
 
 INTERPRETING = tl.constexpr(triton.knobs.runtime.interpret)
 IEEE = tl.constexpr("ieee")  # triton 3.6 takes no plain string as a default
@@ -22,6 +27,19 @@ OPTIONS = {"enable_fp_fusion": True}
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors to share the work among; in the interpreter a few, so that tests see work that is shared."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def architecture() -> str:
+    """What kernels are compiled for now: "cuda:90", "hip:gfx942", or "interpreter". Tables of tile sizes are chosen by it."""
+    if INTERPRETING.value:
+        return "interpreter"
+    target = driver.active.get_current_target()
+    return f"{target.backend}:{target.arch}"
+
+
+def precision() -> str:
+    """How float32 tiles are multiplied: on NVIDIA's tensor cores in three products of 11 bits, about as exact as one of 24."""
+    return "tf32x3" if architecture().startswith("cuda") else "ieee"
 
 
 @triton.jit
@@ -41,15 +59,20 @@ def load(pointers, mask):
 
 
 @triton.jit
-def store(pointers, values, mask):
-    """Write float32 values in the dtype that the pointers have, rounded to nearest even."""
-    dtype: tl.constexpr = pointers.dtype.element_ty
+def narrow(values, dtype: tl.constexpr):
+    """float32 values in another dtype, rounded to nearest even."""
     if INTERPRETING and dtype == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         # Rounding would carry a NaN with a full mantissa into another number.
         values = tl.where(values == values, nearest, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    tl.store(pointers, values.to(dtype), mask=mask)
+    return values.to(dtype)
+
+
+@triton.jit
+def store(pointers, values, mask):
+    """Write float32 values in the dtype that the pointers have, rounded to nearest even."""
+    tl.store(pointers, narrow(values, pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -59,3 +82,123 @@ def dot(a, b, precision: tl.constexpr = IEEE):
         a = widen(a)
         b = widen(b)
     return tl.dot(a, b, input_precision=precision)
+
+
+# --- feature maps, in two parts of their channels --------------------------------------------------------------------------------
+#
+# A tile's sides are powers of two. Channels are split into two of them (180 = 128 + 64), which costs fewer registers and less shared
+# memory than the next power of two. A kernel holds the tile as a pair; the second is unused where one power of two is enough.
+
+
+class Features(NamedTuple):
+    """A map (B, C, *S) as kernels take it, whatever its strides."""
+
+    data: Tensor
+    batch_stride: int
+    channel_stride: int
+    position_stride: int
+    positions: int
+
+
+def features(t: Tensor) -> Features:
+    """(B, C, *S), read where it lies if its positions are a fixed stride apart (contiguous, channels_last, expanded), else copied."""
+    t = t.flatten(2)
+    return Features(t, *t.stride(), t.shape[2])
+
+
+@cache
+def parts(channels: int) -> tuple[int, int]:
+    """The two powers of two that hold so many channels, each at least 16 (what a product takes), or one and 0."""
+    whole = max(16, triton.next_power_of_2(channels))
+    first = whole // 2
+    second = max(16, triton.next_power_of_2(channels - first))
+    return (first, second) if second < first else (whole, 0)
+
+
+@triton.jit
+def _pointers(features, batch, n, c):
+    # 64-bit offsets
+    row = n.to(tl.int64) * features.position_stride
+    column = c.to(tl.int64) * features.channel_stride
+    return features.data + batch * features.batch_stride + row[:, None] + column[None, :]
+
+
+@triton.jit
+def _load_part(features, batch, n, c, inside, C: tl.constexpr, WHOLE: tl.constexpr):
+    pointers = _pointers(features, batch, n, c)
+    if inside is None and WHOLE:
+        values = tl.load(pointers)
+    elif inside is None:
+        values = tl.load(pointers, mask=(c < C)[None, :], other=0.0)
+    elif WHOLE:
+        values = tl.load(pointers, mask=inside[:, None], other=0.0)
+    else:
+        values = tl.load(pointers, mask=inside[:, None] & (c < C)[None, :], other=0.0)
+    return values
+
+
+@triton.jit
+def load_features(features, batch, n, inside, first, C: tl.constexpr, PARTS: tl.constexpr):
+    """Positions n of one sample, channels from `first` on: tiles (n, PARTS[0]) and (n, PARTS[1]) in the map's dtype.
+
+    `inside` (n,) says which positions there are, or is None where all are. Channels from C on are 0.
+    """
+    c = first + tl.arange(0, PARTS[0])
+    WHOLE: tl.constexpr = C % PARTS[0] == 0 if PARTS[1] == 0 else True
+    one = _load_part(features, batch, n, c, inside, C, WHOLE)
+    two = one
+    if PARTS[1] > 0:
+        c = first + PARTS[0] + tl.arange(0, PARTS[1])
+        two = _load_part(features, batch, n, c, inside, C, PARTS[0] + PARTS[1] == C)
+    return one, two
+
+
+@triton.jit
+def store_features(features, tile, batch, n, first, C: tl.constexpr, PARTS: tl.constexpr):
+    """Write the tile's positions and channels that there are."""
+    inside = (n < features.positions)[:, None]
+    c = first + tl.arange(0, PARTS[0])
+    store(_pointers(features, batch, n, c), tile[0], inside & (c < C)[None, :])
+    if PARTS[1] > 0:
+        c = first + PARTS[0] + tl.arange(0, PARTS[1])
+        store(_pointers(features, batch, n, c), tile[1], inside & (c < C)[None, :])
+
+
+@triton.jit
+def zero_features(ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """An accumulator for `add_product`."""
+    one = tl.zeros((ROWS, PARTS[0]), tl.float32)
+    two = one
+    if PARTS[1] > 0:
+        two = tl.zeros((ROWS, PARTS[1]), tl.float32)
+    return one, two
+
+
+@triton.jit
+def scale_features(sums, factors, PARTS: tl.constexpr):
+    """The accumulator with every row times its factor."""
+    one = sums[0] * factors[:, None]
+    two = one
+    if PARTS[1] > 0:
+        two = sums[1] * factors[:, None]
+    return one, two
+
+
+@triton.jit
+def similarities(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """Sum over the channels: tiles (M, channels) and (N, channels) -> (M, N)."""
+    product = dot(a[0], tl.trans(b[0]), PRECISION)
+    if PARTS[1] > 0:
+        product += dot(a[1], tl.trans(b[1]), PRECISION)
+    return product
+
+
+@triton.jit
+def add_product(sums, weights, tile, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    """sums (M, channels) + weights (M, N) times the tile (N, channels); the weights are rounded to the tile's dtype."""
+    weights = narrow(weights, tile[0].dtype)
+    one = sums[0] + dot(weights, tile[0], PRECISION)
+    two = one
+    if PARTS[1] > 0:
+        two = sums[1] + dot(weights, tile[1], PRECISION)
+    return one, two

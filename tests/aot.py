@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,25 @@ def contrast(everything: bool) -> Calls:
     yield from calls(16, 16, 1, torch.float16, 2)
 
 
-OPS: dict[str, Callable[[bool], Calls]] = {"contrast": contrast}
+def spatial_attention(everything: bool) -> Calls:
+    from kdops.spatial_attention import triton as ops
+
+    def calls(c: int, dtype: torch.dtype) -> Calls:
+        """Forward and backward in both forms of distillation: the teacher queries, or the student does and is its own value."""
+        x, y = (empty(2, c, 64, 64, dtype=dtype) for _ in range(2))
+        statistics = empty(2, 4096)
+        for value, needed in ((None, (False, True, False)), (x, (True, False, True))):
+            yield lambda value=value: ops.spatial_attention(x, y, value, None, False)
+            yield lambda value=value, needed=needed: ops.spatial_attention_backward(
+                x, x, y, value, x, statistics, None, False, *needed
+            )
+
+    for c in (48, 64, 128, 180, 256, 384, 512) if everything else (180,):
+        for dtype in (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,):
+            yield from calls(c, dtype)
+
+
+OPS: dict[str, Callable[[bool], Calls]] = {"contrast": contrast, "spatial_attention": spatial_attention}
 
 
 class _Driver:
@@ -78,9 +97,16 @@ class _Driver:
         return 0
 
 
-def cost(target: GPUTarget, compiled: Any) -> dict[str, int]:
-    """Registers of a thread, bytes that it spills to memory, and bytes of shared memory of a program."""
-    shared = {"shared": compiled.metadata.shared}
+def matrix_instructions(text: str) -> dict[str, int]:
+    """How often each kind stands in the PTX or AMD assembly."""
+    kinds = Counter(re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma", text))
+    return dict(sorted(kinds.items()))
+
+
+def cost(target: GPUTarget, compiled: Any) -> dict[str, Any]:
+    """Registers of a thread, bytes that it spills to memory, bytes of shared memory of a program, and its matrix instructions."""
+    text = compiled.asm["amdgcn" if target.backend == "hip" else "ptx"]
+    shared = {"shared": compiled.metadata.shared, "matrix": matrix_instructions(text)}
     if target.backend == "hip":  # scalar registers that spill into vector registers touch no memory and are not counted
         found = re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", compiled.asm["amdgcn"])
         counts = {name: int(value) for name, value in found}
@@ -103,35 +129,36 @@ def cost(target: GPUTarget, compiled: Any) -> dict[str, int]:
 
 def records(everything: bool) -> Iterator[dict[str, Any]]:
     """Each different kernel that the calls of OPS launch, on each target; with "error" where it does not compile."""
-    launched: list[tuple[JITFunction[Any], tuple[Any, ...], dict[str, Any]]] = []
+    launched: list[tuple[str, JITFunction[Any], tuple[Any, ...], dict[str, Any]]] = []
     compile_as_launched = JITFunction.run
 
     def note(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launched.append((kernel, args, kwargs))
+        launched.append((op, kernel, args, kwargs))
 
-    for op, calls in OPS.items():
+    for target in TARGETS:
+        driver.set_active(_Driver(target))  # launchers ask it for the architecture, to choose their tiles
         launched.clear()
         JITFunction.run = note
-        for call in calls(everything):
-            call()
+        for op, calls in OPS.items():
+            for call in calls(everything):
+                call()
         JITFunction.run = compile_as_launched
-        for target in TARGETS:
-            driver.set_active(_Driver(target))
-            seen = set()
-            for kernel, args, kwargs in launched:
-                record = {"op": op, "kernel": kernel.__name__, "target": f"{target.backend}:{target.arch}"}
-                constants = {p.name: a for p, a in zip(kernel.params, args, strict=False) if p.is_constexpr}
-                absent = [p.name for p, a in zip(kernel.params, args, strict=False) if a is None]
-                dtypes = [str(a.dtype).removeprefix("torch.") for a in args if isinstance(a, Tensor)]
-                try:
-                    compiled = kernel.run(*args, grid=(1,), warmup=True, **kwargs)
-                    if compiled.hash in seen:
-                        continue
-                    seen.add(compiled.hash)
-                    result = cost(target, compiled)
-                except Exception as error:
-                    result = {"error": f"{type(error).__name__}: {error}"}
-                yield record | {"dtypes": dtypes, "constants": constants, "absent": absent} | result
+        seen = set()
+        for op, kernel, args, kwargs in launched:
+            record = {"op": op, "kernel": kernel.__name__, "target": f"{target.backend}:{target.arch}"}
+            constants = {p.name: a for p, a in zip(kernel.params, args, strict=False) if p.is_constexpr}
+            absent = [p.name for p, a in zip(kernel.params, args, strict=False) if a is None]
+            tensors = [a[0] if isinstance(a, tuple) else a for a in args]
+            dtypes = [str(a.dtype).removeprefix("torch.") for a in tensors if isinstance(a, Tensor)]
+            try:
+                compiled = kernel.run(*args, grid=(1,), warmup=True, **kwargs)
+                if compiled.hash in seen:
+                    continue
+                seen.add(compiled.hash)
+                result = cost(target, compiled)
+            except Exception as error:
+                result = {"error": f"{type(error).__name__}: {error}"}
+            yield record | {"dtypes": dtypes, "constants": constants, "absent": absent} | result
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from ..dispatch import Backend, OpSpec, Sample, size
 from ..registration import accumulator, gradient_like
 from . import reference
 
+TRITON = "kdops.spatial_attention.triton"
 NO_DOUBLE_BACKWARD = (
     "its kernels recompute the weights instead of keeping them, and have no formula for the second derivative"
 )
@@ -74,8 +75,8 @@ def _backward(op: registration.Op) -> Callable[..., Any]:
     return backward
 
 
-registration.define("spatial_attention", FORWARD, _fake)
-registration.define("spatial_attention_backward", BACKWARD, _fake_backward)
+registration.define("spatial_attention", FORWARD, _fake, TRITON)
+registration.define("spatial_attention_backward", BACKWARD, _fake_backward, TRITON)
 registration.differentiate("spatial_attention", _setup_context, _backward, NO_DOUBLE_BACKWARD)
 
 
@@ -139,6 +140,7 @@ def _kernel(op: registration.Op) -> Callable[..., Tensor]:
 
 BACKENDS = (
     Backend("cpu", _kernel(registration.op("spatial_attention")), dispatch.supports_cpu),
+    Backend("triton", _kernel(registration.op("spatial_attention", "_triton")), dispatch.supports_triton),
     Backend("reference", reference.spatial_attention, dispatch.supports_reference),
 )
 

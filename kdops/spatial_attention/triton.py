@@ -1,0 +1,348 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# (The arguments of a kernel have types of Triton, which Python's annotations cannot say.)
+"""Spatial attention as Triton kernels.
+
+Every pass is one of two sweeps: a program keeps a block of rows (positions of one map) on chip while all columns (positions of the
+other) pass by. Which map gives the rows depends on whose positions the result has:
+
+    result                            rows    columns
+    out, gradient of the query        query   key
+    gradients of key and value        key     query
+
+`_attend` sums weighted features of the columns; `_slopes` sums them weighted by the gradient of the logits. No two programs write one
+number, so the same input gives the same bits. Exponentials and statistics are to the base 2.
+"""
+
+from __future__ import annotations
+
+from math import e, log2
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tiles
+from ..layout import GradientColumns
+from ..tiles import Features, features
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _place(rows, width, SLICES: tl.constexpr):
+    """What this program does: the sample, the first row and the first channel. Programs that run together stream the same columns."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(rows.positions, width)
+    return program // (blocks * SLICES), program % blocks * width, program // blocks % SLICES
+
+
+@triton.jit
+def _attend(
+    rows,
+    columns,
+    values,  # of the columns; None: the columns themselves
+    out,  # at the rows, or None where only statistics are wanted
+    statistics,  # float32 log2 of the softmax's denominators: written, (B, rows), or given, (B, columns)
+    scale,  # of the logits to the base 2
+    GIVEN: tl.constexpr,
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    CV: tl.constexpr,
+    VALUE_PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,  # no tile reaches beyond the last column
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[r] = sum over columns c of a[r, c] values[c], where a is the softmax of a row, or (GIVEN) of a column with known denominator."""
+    batch, first_row, piece = _place(rows, ROWS, SLICES)
+    channel = piece * VALUE_PARTS[0]
+    r = first_row + tl.arange(0, ROWS)
+    row = tiles.load_features(rows, batch, r, r < rows.positions, 0, C, PARTS)
+    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    sums = tiles.zero_features(ROWS, VALUE_PARTS)
+    for first in tl.range(0, columns.positions, COLUMNS, num_stages=STAGES):
+        c = first + tl.arange(0, COLUMNS)
+        inside = None if EVEN else c < columns.positions
+        column = tiles.load_features(columns, batch, c, inside, 0, C, PARTS)
+        logits = tiles.similarities(row, column, PARTS, PRECISION) * scale
+        if GIVEN:
+            logits -= tiles.load(statistics + batch * columns.positions + c, c < columns.positions)[None, :]
+        if not EVEN:
+            logits = tl.where(inside[None, :], logits, float("-inf"))
+        if GIVEN:
+            weights = tl.exp2(logits)
+        else:
+            before = highest
+            highest = tl.maximum(before, tl.max(logits, 1))
+            level = tl.where(highest == float("-inf"), 0.0, highest)  # no column so far has any weight
+            weights = tl.exp2(logits - level[:, None])
+            shrink = tl.exp2(before - level)
+            total = total * shrink + tl.sum(weights, 1)
+            sums = tiles.scale_features(sums, shrink, VALUE_PARTS)
+        if out is not None:
+            value = column
+            if values is not None:
+                value = tiles.load_features(values, batch, c, inside, channel, CV, VALUE_PARTS)
+            sums = tiles.add_product(sums, weights, value, VALUE_PARTS, PRECISION)
+    if not GIVEN:
+        sums = tiles.scale_features(sums, 1 / total, VALUE_PARTS)
+        if statistics is not None:
+            tiles.store(statistics + batch * rows.positions + r, highest + tl.log2(total), r < rows.positions)
+    if out is not None:
+        tiles.store_features(out, sums, batch, r, channel, CV, VALUE_PARTS)
+
+
+@triton.jit
+def _slopes(
+    rows,
+    row_values,  # None: the rows are their own values, and `gradient` is that of both roles
+    columns,
+    column_values,  # None: the columns themselves
+    statistics,  # (B, rows) float32, or (B, columns) if BY_COLUMN, whose softmax it is
+    delta,  # likewise: sum of weights times their gradients, times the scale; written where gradient is None
+    gradient,  # at the rows, or None where only delta is wanted
+    scale,  # of the logits
+    scale_2,  # of the logits to the base 2
+    BY_COLUMN: tl.constexpr,
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    CV: tl.constexpr,
+    VALUE_PARTS: tl.constexpr,
+    SLICES: tl.constexpr,
+    SLICE_PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """gradient[r] = sum over columns c of s[r, c] columns[c], s = scale a[r, c] (row_values[r] . column_values[c] - delta).
+
+    Values and upstream gradient meet in the same product, whichever of them the rows hold. Rows that are their own values
+    receive a[r, c] column_values[c] besides, in the same accumulator.
+    """
+    batch, first_row, piece = _place(rows, ROWS, SLICES)
+    channel = piece * SLICE_PARTS[0]
+    r = first_row + tl.arange(0, ROWS)
+    row = tiles.load_features(rows, batch, r, r < rows.positions, 0, C, PARTS)
+    row_value = row
+    if row_values is not None:
+        row_value = tiles.load_features(row_values, batch, r, r < rows.positions, 0, CV, VALUE_PARTS)
+    if not BY_COLUMN:
+        statistic = tiles.load(statistics + batch * rows.positions + r, r < rows.positions)[:, None]
+        if gradient is not None:
+            mean = tiles.load(delta + batch * rows.positions + r, r < rows.positions)[:, None]
+    total = tl.zeros((ROWS,), tl.float32)
+    sums = tiles.zero_features(ROWS, SLICE_PARTS)
+    for first in tl.range(0, columns.positions, COLUMNS, num_stages=STAGES):
+        c = first + tl.arange(0, COLUMNS)
+        inside = None if EVEN else c < columns.positions
+        column = tiles.load_features(columns, batch, c, inside, 0, C, PARTS)
+        column_value = column
+        if column_values is not None:
+            column_value = tiles.load_features(column_values, batch, c, inside, 0, CV, VALUE_PARTS)
+        if BY_COLUMN:
+            statistic = tiles.load(statistics + batch * columns.positions + c, c < columns.positions)[None, :]
+            mean = tiles.load(delta + batch * columns.positions + c, c < columns.positions)[None, :]
+        weights = tl.exp2(tiles.similarities(row, column, PARTS, PRECISION) * scale_2 - statistic)
+        slopes = tiles.similarities(row_value, column_value, VALUE_PARTS, PRECISION) * scale
+        if gradient is None:
+            slopes = weights * slopes
+        else:
+            slopes = weights * (slopes - mean)
+        if not EVEN:
+            weights = tl.where(inside[None, :], weights, 0.0)
+            slopes = tl.where(inside[None, :], slopes, 0.0)
+        if gradient is None:
+            total += tl.sum(slopes, 1)
+        else:
+            if SLICES > 1:
+                column = tiles.load_features(columns, batch, c, inside, channel, C, SLICE_PARTS)
+            sums = tiles.add_product(sums, slopes, column, SLICE_PARTS, PRECISION)
+            if row_values is None:
+                if SLICES > 1:
+                    column_value = tiles.load_features(column_values, batch, c, inside, channel, CV, SLICE_PARTS)
+                sums = tiles.add_product(sums, weights, column_value, SLICE_PARTS, PRECISION)
+    if gradient is None:
+        tiles.store(delta + batch * rows.positions + r, total, r < rows.positions)
+    else:
+        tiles.store_features(gradient, sums, batch, r, channel, C, SLICE_PARTS)
+
+
+@triton.jit
+def _delta(out, grad, delta, scale, C: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
+    """delta[r] = scale times the sum over channels of out[r] grad[r]."""
+    batch, first_row, _ = _place(out, ROWS, 1)
+    r = first_row + tl.arange(0, ROWS)
+    inside = r < out.positions
+    a = tiles.load_features(out, batch, r, inside, 0, C, PARTS)
+    b = tiles.load_features(grad, batch, r, inside, 0, C, PARTS)
+    total = tl.sum(tiles.widen(a[0]) * tiles.widen(b[0]), 1)
+    if PARTS[1] > 0:
+        total += tl.sum(tiles.widen(a[1]) * tiles.widen(b[1]), 1)
+    tiles.store(delta + batch * out.positions + r, total * scale, inside)
+
+
+# --- launches --------------------------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """How one sweep is shared among threads."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    channels: int = 512  # of the result that one program sums up; more of them are cut into slices
+
+
+def tile_for(sweep: str, channels: int, dtype: torch.dtype) -> Tile:
+    """From the table of the architecture, or of the last one before it."""
+    return Tile(64, 64, 4, 2)
+
+
+def _launch_attend(
+    rows: Features,
+    columns: Features,
+    values: Features | None,
+    out: Features | None,
+    statistics: Tensor | None,
+    scale: float,
+    given: bool,
+) -> None:
+    channels = rows.data.shape[1]
+    value_channels = channels if values is None else values.data.shape[1]
+    tile = tile_for("attend", max(channels, value_channels), rows.data.dtype)
+    slices = triton.cdiv(value_channels, tile.channels)
+    _attend[(rows.data.shape[0] * slices * triton.cdiv(rows.positions, tile.rows),)](
+        rows,
+        columns,
+        columns if values is None and slices > 1 else values,
+        out,
+        statistics,
+        scale * log2(e),
+        given,
+        channels,
+        tiles.parts(channels),
+        value_channels,
+        tiles.parts(min(value_channels, tile.channels)),
+        slices,
+        tile.rows,
+        tile.columns,
+        columns.positions % tile.columns == 0,
+        tile.stages,
+        tiles.precision(),
+        num_warps=tile.warps,
+        **tiles.OPTIONS,
+    )
+
+
+def _launch_slopes(
+    rows: Features,
+    row_values: Features | None,
+    columns: Features,
+    column_values: Features | None,
+    statistics: Tensor,
+    delta: Tensor,
+    gradient: Features | None,
+    scale: float,
+    by_column: bool,
+) -> None:
+    channels = rows.data.shape[1]
+    value_channels = (columns if column_values is None else column_values).data.shape[1]
+    tile = tile_for("slopes", max(channels, value_channels), rows.data.dtype)
+    slices = 1 if gradient is None else triton.cdiv(channels, tile.channels)
+    _slopes[(rows.data.shape[0] * slices * triton.cdiv(rows.positions, tile.rows),)](
+        rows,
+        row_values,
+        columns,
+        column_values,
+        statistics,
+        delta,
+        gradient,
+        scale,
+        scale * log2(e),
+        by_column,
+        channels,
+        tiles.parts(channels),
+        value_channels,
+        tiles.parts(value_channels),
+        slices,
+        tiles.parts(min(channels, tile.channels)),
+        tile.rows,
+        tile.columns,
+        columns.positions % tile.columns == 0,
+        tile.stages,
+        tiles.precision(),
+        num_warps=tile.warps,
+        **tiles.OPTIONS,
+    )
+
+
+def _launch_delta(out: Features, grad: Features, delta: Tensor, scale: float) -> None:
+    batch, channels, _ = out.data.shape
+    rows = max(16, 4096 // triton.next_power_of_2(channels))
+    _delta[(batch * triton.cdiv(out.positions, rows),)](
+        out, grad, delta, scale, channels, tiles.parts(channels), rows, num_warps=4, **tiles.OPTIONS
+    )
+
+
+def spatial_attention(
+    query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, over_query: bool
+) -> tuple[Tensor, Tensor]:
+    """query (B, C, *Sq), key (B, C, *Sk), value (B, Cv, *Sk), or None for the key -> (B, Cv, *Sq) and log2 of the denominators."""
+    scale = query.shape[1] ** -0.5 if scale is None else scale
+    q, k, v = features(query), features(key), None if value is None else features(value)
+    out = query.new_empty((query.shape[0], (key if value is None else value).shape[1], *query.shape[2:]))
+    normalised = k if over_query else q
+    statistics = query.new_empty((query.shape[0], normalised.positions), dtype=torch.float32)
+    if query.shape[0] == 0:
+        return out, statistics
+    if over_query:
+        _launch_attend(k, q, None, None, statistics, scale, given=False)
+    _launch_attend(q, k, v, features(out), statistics, scale, given=over_query)
+    return out, statistics
+
+
+def spatial_attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    out: Tensor,
+    statistics: Tensor,
+    scale: float | None,
+    over_query: bool,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, (0,) where one is not needed. Where value is None, that of the key includes its role as value."""
+    scale = query.shape[1] ** -0.5 if scale is None else scale
+    found = (
+        GradientColumns(query, need_query),
+        GradientColumns(key, need_key),
+        GradientColumns(key if value is None else value, need_value),
+    )
+    if query.shape[0] > 0:
+        of_query, of_key, of_value = (features(g.columns) if g.needed else None for g in found)
+        q, k, v, g = features(query), features(key), None if value is None else features(value), features(grad)
+        delta = torch.empty_like(statistics)
+        if (of_query or of_key) and over_query:
+            _launch_slopes(k, v, q, g, statistics, delta, None, scale, by_column=False)
+        elif of_query or of_key:
+            _launch_delta(features(out), g, delta, scale)
+        if of_query:
+            _launch_slopes(q, g, k, v, statistics, delta, of_query, scale, by_column=over_query)
+        if of_key:
+            _launch_slopes(k, v, q, g, statistics, delta, of_key, scale, by_column=not over_query)
+        if of_value:
+            _launch_attend(k, q, g, of_value, None if over_query else statistics, scale, given=not over_query)
+    of_query, of_key, of_value = (g.finish() for g in found)
+    return of_query, of_key, of_value
