@@ -103,7 +103,8 @@ class Features(NamedTuple):
 def features(t: Tensor) -> Features:
     """(B, C, *S), read where it lies if its positions are a fixed stride apart (contiguous, channels_last, expanded), else copied."""
     t = t.flatten(2)
-    return Features(t, *t.stride(), t.shape[2])
+    batch, channel, position = t.stride()
+    return Features(t, batch, channel, position, t.shape[2])
 
 
 @cache
@@ -113,6 +114,17 @@ def parts(channels: int) -> tuple[int, int]:
     first = whole // 2
     second = max(16, triton.next_power_of_2(channels - first))
     return (first, second) if second < first else (whole, 0)
+
+
+@triton.jit
+def place(rows, width, SLICES: tl.constexpr):
+    """What this program works on: the sample, the first of `width` positions of the map `rows`, and which slice of the channels.
+
+    Positions vary fastest: programs that run together stream the same tensors.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(rows.positions, width)
+    return program // (blocks * SLICES), program % blocks * width, program // blocks % SLICES
 
 
 @triton.jit

@@ -63,19 +63,18 @@ def contrast(everything: bool) -> Calls:
 def spatial_attention(everything: bool) -> Calls:
     from kdops.spatial_attention import triton as ops
 
-    def calls(c: int, dtype: torch.dtype) -> Calls:
-        """Forward and backward in both forms of distillation: the teacher queries, or the student does and is its own value."""
-        x, y = (empty(2, c, 64, 64, dtype=dtype) for _ in range(2))
-        statistics = empty(2, 4096)
-        for value, needed in ((None, (False, True, False)), (x, (True, False, True))):
-            yield lambda value=value: ops.spatial_attention(x, y, value, None, False)
-            yield lambda value=value, needed=needed: ops.spatial_attention_backward(
-                x, x, y, value, x, statistics, None, False, *needed
-            )
+    def calls(c: int, dtype: torch.dtype, value: bool) -> Calls:
+        """Forward and backward: the teacher queries, or the student does and is its own value."""
+        x, y, statistics = empty(2, c, 64, 64, dtype=dtype), empty(2, c, 64, 64, dtype=dtype), empty(2, 4096)
+        v = x if value else None
+        yield lambda: ops.spatial_attention(x, y, v, None, False)
+        yield lambda: ops.spatial_attention_backward(x, x, y, v, x, statistics, None, False, value, not value, value)
 
-    for c in (48, 64, 128, 180, 256, 384, 512) if everything else (180,):
-        for dtype in (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,):
-            yield from calls(c, dtype)
+    yield from calls(180, torch.bfloat16, value=False)
+    for c in (48, 64, 128, 180, 256, 384, 512) if everything else ():
+        for dtype in (torch.bfloat16, torch.float32):
+            yield from calls(c, dtype, value=False)
+            yield from calls(c, dtype, value=True)
 
 
 OPS: dict[str, Callable[[bool], Calls]] = {"contrast": contrast, "spatial_attention": spatial_attention}
@@ -129,36 +128,36 @@ def cost(target: GPUTarget, compiled: Any) -> dict[str, Any]:
 
 def records(everything: bool) -> Iterator[dict[str, Any]]:
     """Each different kernel that the calls of OPS launch, on each target; with "error" where it does not compile."""
-    launched: list[tuple[str, JITFunction[Any], tuple[Any, ...], dict[str, Any]]] = []
+    launched: list[tuple[JITFunction[Any], tuple[Any, ...], dict[str, Any]]] = []
     compile_as_launched = JITFunction.run
 
     def note(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launched.append((op, kernel, args, kwargs))
+        launched.append((kernel, args, kwargs))
 
     for target in TARGETS:
         driver.set_active(_Driver(target))  # launchers ask it for the architecture, to choose their tiles
-        launched.clear()
-        JITFunction.run = note
+        seen = set()
         for op, calls in OPS.items():
+            launched.clear()
+            JITFunction.run = note
             for call in calls(everything):
                 call()
-        JITFunction.run = compile_as_launched
-        seen = set()
-        for op, kernel, args, kwargs in launched:
-            record = {"op": op, "kernel": kernel.__name__, "target": f"{target.backend}:{target.arch}"}
-            constants = {p.name: a for p, a in zip(kernel.params, args, strict=False) if p.is_constexpr}
-            absent = [p.name for p, a in zip(kernel.params, args, strict=False) if a is None]
-            tensors = [a[0] if isinstance(a, tuple) else a for a in args]
-            dtypes = [str(a.dtype).removeprefix("torch.") for a in tensors if isinstance(a, Tensor)]
-            try:
-                compiled = kernel.run(*args, grid=(1,), warmup=True, **kwargs)
-                if compiled.hash in seen:
-                    continue
-                seen.add(compiled.hash)
-                result = cost(target, compiled)
-            except Exception as error:
-                result = {"error": f"{type(error).__name__}: {error}"}
-            yield record | {"dtypes": dtypes, "constants": constants, "absent": absent} | result
+            JITFunction.run = compile_as_launched
+            for kernel, args, kwargs in launched:
+                record = {"op": op, "kernel": kernel.__name__, "target": f"{target.backend}:{target.arch}"}
+                constants = {p.name: a for p, a in zip(kernel.params, args, strict=False) if p.is_constexpr}
+                absent = [p.name for p, a in zip(kernel.params, args, strict=False) if a is None]
+                tensors = [a[0] if isinstance(a, tuple) else a for a in args]
+                dtypes = [str(a.dtype).removeprefix("torch.") for a in tensors if isinstance(a, Tensor)]
+                try:
+                    compiled = kernel.run(*args, grid=(1,), warmup=True, **kwargs)
+                    if compiled.hash in seen:
+                        continue
+                    seen.add(compiled.hash)
+                    result = cost(target, compiled)
+                except Exception as error:
+                    result = {"error": f"{type(error).__name__}: {error}"}
+                yield record | {"dtypes": dtypes, "constants": constants, "absent": absent} | result
 
 
 if __name__ == "__main__":

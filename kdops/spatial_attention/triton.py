@@ -16,7 +16,6 @@ number, so the same input gives the same bits. Exponentials and statistics are t
 from __future__ import annotations
 
 from math import e, log2
-from typing import NamedTuple
 
 import torch
 import triton
@@ -26,16 +25,9 @@ from torch import Tensor
 from .. import tiles
 from ..layout import GradientColumns
 from ..tiles import Features, features
+from .table import tile_for
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _place(rows, width, SLICES: tl.constexpr):
-    """What this program does: the sample, the first row and the first channel. Programs that run together stream the same columns."""
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(rows.positions, width)
-    return program // (blocks * SLICES), program % blocks * width, program // blocks % SLICES
 
 
 @triton.jit
@@ -59,7 +51,7 @@ def _attend(
     PRECISION: tl.constexpr,
 ):
     """out[r] = sum over columns c of a[r, c] values[c], where a is the softmax of a row, or (GIVEN) of a column with known denominator."""
-    batch, first_row, piece = _place(rows, ROWS, SLICES)
+    batch, first_row, piece = tiles.place(rows, ROWS, SLICES)
     channel = piece * VALUE_PARTS[0]
     r = first_row + tl.arange(0, ROWS)
     row = tiles.load_features(rows, batch, r, r < rows.positions, 0, C, PARTS)
@@ -73,7 +65,7 @@ def _attend(
         logits = tiles.similarities(row, column, PARTS, PRECISION) * scale
         if GIVEN:
             logits -= tiles.load(statistics + batch * columns.positions + c, c < columns.positions)[None, :]
-        if not EVEN:
+        if inside is not None:
             logits = tl.where(inside[None, :], logits, float("-inf"))
         if GIVEN:
             weights = tl.exp2(logits)
@@ -127,7 +119,7 @@ def _slopes(
     Values and upstream gradient meet in the same product, whichever of them the rows hold. Rows that are their own values
     receive a[r, c] column_values[c] besides, in the same accumulator.
     """
-    batch, first_row, piece = _place(rows, ROWS, SLICES)
+    batch, first_row, piece = tiles.place(rows, ROWS, SLICES)
     channel = piece * SLICE_PARTS[0]
     r = first_row + tl.arange(0, ROWS)
     row = tiles.load_features(rows, batch, r, r < rows.positions, 0, C, PARTS)
@@ -152,11 +144,8 @@ def _slopes(
             mean = tiles.load(delta + batch * columns.positions + c, c < columns.positions)[None, :]
         weights = tl.exp2(tiles.similarities(row, column, PARTS, PRECISION) * scale_2 - statistic)
         slopes = tiles.similarities(row_value, column_value, VALUE_PARTS, PRECISION) * scale
-        if gradient is None:
-            slopes = weights * slopes
-        else:
-            slopes = weights * (slopes - mean)
-        if not EVEN:
+        slopes = weights * slopes if gradient is None else weights * (slopes - mean)
+        if inside is not None:
             weights = tl.where(inside[None, :], weights, 0.0)
             slopes = tl.where(inside[None, :], slopes, 0.0)
         if gradient is None:
@@ -178,7 +167,7 @@ def _slopes(
 @triton.jit
 def _delta(out, grad, delta, scale, C: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr):
     """delta[r] = scale times the sum over channels of out[r] grad[r]."""
-    batch, first_row, _ = _place(out, ROWS, 1)
+    batch, first_row, _ = tiles.place(out, ROWS, 1)
     r = first_row + tl.arange(0, ROWS)
     inside = r < out.positions
     a = tiles.load_features(out, batch, r, inside, 0, C, PARTS)
@@ -190,21 +179,6 @@ def _delta(out, grad, delta, scale, C: tl.constexpr, PARTS: tl.constexpr, ROWS: 
 
 
 # --- launches --------------------------------------------------------------------------------------------------------------------
-
-
-class Tile(NamedTuple):
-    """How one sweep is shared among threads."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
-    channels: int = 512  # of the result that one program sums up; more of them are cut into slices
-
-
-def tile_for(sweep: str, channels: int, dtype: torch.dtype) -> Tile:
-    """From the table of the architecture, or of the last one before it."""
-    return Tile(64, 64, 4, 2)
 
 
 def _launch_attend(
@@ -219,7 +193,7 @@ def _launch_attend(
     channels = rows.data.shape[1]
     value_channels = channels if values is None else values.data.shape[1]
     tile = tile_for("attend", max(channels, value_channels), rows.data.dtype)
-    slices = triton.cdiv(value_channels, tile.channels)
+    slices = triton.cdiv(value_channels, tile.slice)
     _attend[(rows.data.shape[0] * slices * triton.cdiv(rows.positions, tile.rows),)](
         rows,
         columns,
@@ -231,7 +205,7 @@ def _launch_attend(
         channels,
         tiles.parts(channels),
         value_channels,
-        tiles.parts(min(value_channels, tile.channels)),
+        tiles.parts(min(value_channels, tile.slice)),
         slices,
         tile.rows,
         tile.columns,
@@ -257,7 +231,7 @@ def _launch_slopes(
     channels = rows.data.shape[1]
     value_channels = (columns if column_values is None else column_values).data.shape[1]
     tile = tile_for("slopes", max(channels, value_channels), rows.data.dtype)
-    slices = 1 if gradient is None else triton.cdiv(channels, tile.channels)
+    slices = 1 if gradient is None else triton.cdiv(channels, tile.slice)
     _slopes[(rows.data.shape[0] * slices * triton.cdiv(rows.positions, tile.rows),)](
         rows,
         row_values,
@@ -274,7 +248,7 @@ def _launch_slopes(
         value_channels,
         tiles.parts(value_channels),
         slices,
-        tiles.parts(min(channels, tile.channels)),
+        tiles.parts(min(channels, tile.slice)),
         tile.rows,
         tile.columns,
         columns.positions % tile.columns == 0,
@@ -344,5 +318,5 @@ def spatial_attention_backward(
             _launch_slopes(k, v, q, g, statistics, delta, of_key, scale, by_column=not over_query)
         if of_value:
             _launch_attend(k, q, g, of_value, None if over_query else statistics, scale, given=not over_query)
-    of_query, of_key, of_value = (g.finish() for g in found)
-    return of_query, of_key, of_value
+    grad_query, grad_key, grad_value = (g.finish() for g in found)
+    return grad_query, grad_key, grad_value

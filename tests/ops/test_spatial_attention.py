@@ -17,7 +17,10 @@ import kdops
 import kdops.nn
 from tests.contract import RecordOps
 
-BACKENDS = [b for b, said in kdops.explain("spatial_attention", torch.zeros(1, 1, 1)).items() if said.startswith("yes")]
+ONE = torch.zeros(
+    1, 1, 1, dtype=torch.float64
+)  # what Triton does not take: test_spatial_attention_triton.py has its tests
+BACKENDS = [b for b, said in kdops.explain("spatial_attention", ONE).items() if said.startswith("yes")]
 KERNELS = [b for b in BACKENDS if b != "reference"]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_kernel = pytest.mark.parametrize("backend", KERNELS)
@@ -233,7 +236,11 @@ def test_module_is_the_function() -> None:
             {"normalize": "rows"},
             "normalize is 'rows', but it must be one of 'key', 'query'",
         ),
-        (((2, 3, 4), (2, 3, 4), (2, 3, 4)), {"backend": "cuda"}, "has no backend 'cuda': it has cpu, reference"),
+        (
+            ((2, 3, 4), (2, 3, 4), (2, 3, 4)),
+            {"backend": "cuda"},
+            "has no backend 'cuda': it has cpu, triton, reference",
+        ),
     ],
 )
 def test_errors_say_what_is_needed(shapes, options, says) -> None:

@@ -1,0 +1,71 @@
+"""How the Triton kernels of spatial attention cut their work into tiles: shipped, so that no first call stops to tune itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .. import tiles
+
+
+class Tile(NamedTuple):
+    """How one sweep is shared among threads."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    slice: int = 512  # channels of the result that one program sums up: more of them are shared among several programs
+
+
+# For each architecture, sweep and bytes of a number: the tile of up to so many channels. Chosen among those that compile without
+# spilling registers (docs/performance/spatial_attention.md has what was compiled) and not yet timed on a GPU.
+TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
+    "cuda": {  # every other GPU of NVIDIA: at most 99 KiB of shared memory, as sm_86, sm_89 and sm_120 have
+        ("attend", 2): {
+            128: Tile(128, 32, 8, 2),
+            192: Tile(32, 32, 4, 2),
+            256: Tile(64, 32, 8, 2),
+            512: Tile(32, 32, 4, 2, 256),
+        },
+        ("slopes", 2): {128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 2), 512: Tile(32, 32, 4, 2, 128)},
+        ("attend", 4): {64: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
+        ("slopes", 4): {64: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
+    },
+    "cuda:90": {
+        ("attend", 2): {256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2)},
+        ("slopes", 2): {
+            128: Tile(128, 64, 8, 2),
+            256: Tile(128, 32, 8, 2),
+            384: Tile(64, 32, 8, 2, 128),
+            512: Tile(64, 16, 8, 2, 128),
+        },
+        ("attend", 4): {64: Tile(64, 32, 4, 2), 256: Tile(32, 32, 8, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
+        ("slopes", 4): {64: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
+    },
+    "cuda:100": {
+        ("attend", 2): {128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2), 512: Tile(64, 32, 8, 1, 256)},
+        ("slopes", 2): {128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2), 512: Tile(64, 32, 8, 1, 128)},
+        ("attend", 4): {64: Tile(64, 32, 4, 2), 256: Tile(32, 32, 8, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
+        ("slopes", 4): {64: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
+    },
+    "hip": {
+        ("attend", 2): {64: Tile(64, 64, 4, 1), 256: Tile(32, 32, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
+        ("slopes", 2): {64: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
+        ("attend", 4): {64: Tile(32, 32, 4, 1), 512: Tile(16, 16, 4, 1, 128)},
+        ("slopes", 4): {64: Tile(32, 32, 4, 1), 512: Tile(16, 16, 4, 1, 128)},
+    },
+    "interpreter": {
+        (sweep, size): {128: Tile(64, 64, 4, 1), 512: Tile(64, 64, 4, 1, 128)}
+        for sweep in ("attend", "slopes")
+        for size in (2, 4)
+    },
+}
+
+
+def tile_for(sweep: str, channels: int, dtype: torch.dtype) -> Tile:
+    """The tile of "attend" or "slopes" on what kernels are now compiled for; `channels` is the larger count of the two products."""
+    architecture = tiles.architecture()
+    table = TILES.get(architecture) or TILES[architecture.partition(":")[0]]
+    return next(tile for limit, tile in table[sweep, dtype.itemsize].items() if channels <= limit)
