@@ -39,7 +39,7 @@ def spatial_attention(
         value: (B, Cv, *Sk), same dtype and device. Under autocast dtypes may differ, and attention runs in the autocast dtype.
         scale: factor of the logits; None is 1 / sqrt(C).
         normalize: "key" (the weights of each position of the query sum to 1) or "query" (those of each position of the key do).
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" (up to 512 channels) or "reference".
 
     Returns:
         (B, Cv, *Sq), contiguous, in the dtype of query (the autocast dtype under autocast), accumulated in float32 or better.

@@ -8,6 +8,8 @@ import torch
 
 from .. import tiles
 
+MOST_CHANNELS = 512
+
 
 class Tile(NamedTuple):
     """How one sweep is shared among threads."""
@@ -16,7 +18,9 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int
-    slice: int = 512  # channels of the result that one program sums up: more of them are shared among several programs
+    slice: int = (
+        MOST_CHANNELS  # channels of the result that one program sums up: more of them are shared among several programs
+    )
 
 
 # For each architecture, sweep and bytes of a number: the tile of up to so many channels. Chosen among those that compile without
@@ -65,7 +69,15 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
 
 
 def tile_for(sweep: str, channels: int, dtype: torch.dtype) -> Tile:
-    """The tile of "attend" or "slopes" on what kernels are now compiled for; `channels` is the larger count of the two products."""
+    """The tile of "attend" or "slopes" on what kernels are now compiled for; `channels` is the larger count of the two products.
+
+    Raises:
+        ValueError: more channels than a program can hold.
+    """
+    if channels > MOST_CHANNELS:
+        raise ValueError(
+            f"spatial_attention: {channels} channels, but the Triton kernels take at most {MOST_CHANNELS}: pass backend='reference'."
+        )
     architecture = tiles.architecture()
     table = TILES.get(architecture) or TILES[architecture.partition(":")[0]]
     return next(tile for limit, tile in table[sweep, dtype.itemsize].items() if channels <= limit)

@@ -184,3 +184,8 @@ def test_an_unlisted_architecture_takes_the_tiles_of_its_kind(
     monkeypatch.setattr(table.tiles, "architecture", lambda: architecture)
     limit, tile = next(iter(table.TILES[same_as]["slopes", 2].items()))
     assert table.tile_for("slopes", limit, torch.bfloat16) == tile
+
+
+def test_more_channels_than_a_program_holds_are_refused() -> None:
+    with pytest.raises(ValueError, match="513 channels, but the Triton kernels take at most 512"):
+        kdops.spatial_attention(*drawn((1, 3, 4), (1, 3, 4), (1, 513, 4)), backend="triton")
