@@ -20,6 +20,9 @@ SHARED_MEMORY = {"cuda:80": 163, "cuda:90": 227, "cuda:100": 227, "hip:gfx942": 
 # ptxas of triton 3.6 saves two registers of one half-precision kernel (sm_80, rows not aligned) to fit one more program.
 SPILLS = 0 if importlib.metadata.version("triton") >= "3.8" else 8
 
+# What multiplies tiles of 16-bit numbers on each target.
+MATRIX = {"cuda:80": "mma.sync", "cuda:90": "wgmma.mma_async", "cuda:100": "tcgen05.mma", "hip:gfx942": "v_mfma"}
+
 Records = list[dict[str, Any]]
 
 
@@ -38,13 +41,22 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
     return compiled(tmp_path_factory.mktemp("triton"))
 
 
+def may_spill(record: dict[str, Any]) -> bool:
+    """Spatial attention with many channels, or in float32; docs/performance/spatial_attention.md has how much."""
+    if record["op"] != "spatial_attention" or record["kernel"] == "_delta":
+        return False
+    hopper, own = record["target"] == "cuda:90", {"values", "row_values"} & set(record["absent"])
+    most = 192 if not hopper else 512 if own and record["kernel"] == "_attend" else 256
+    return record["dtypes"][0] == "float32" or record["constants"]["C"] > most
+
+
 def problems(records: Records) -> Records:
     """The kernels that do not compile, spill, or do not fit."""
     return [
         record
         for record in records
         if "error" in record
-        or record["spills"] > SPILLS
+        or (record["spills"] > SPILLS and not may_spill(record))
         or record["shared"] > SHARED_MEMORY[record["target"]] * 1024
         or record["registers"] == 0
     ]
@@ -69,6 +81,13 @@ def test_every_kernel_of_every_op_is_compiled_for_every_target(records: Records)
         for target in targets:
             seen = {r["kernel"] for r in records if r["op"] == op and r["target"] == target}
             assert seen == kernels, f"{op} on {target}: tests/aot.py calls no launcher of {kernels - seen}"
+
+
+def test_products_of_tiles_use_matrix_instructions(records: Records) -> None:
+    sweeps = [r for r in records if r["kernel"] in ("_attend", "_slopes")]
+    assert sweeps
+    for record in sweeps:
+        assert record["matrix"].get(MATRIX[record["target"]]), record
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ class Tile(NamedTuple):
     )
 
 
-# For each architecture, sweep and bytes of a number: the tile of up to so many channels. Chosen among those that compile without
-# spilling registers (docs/performance/spatial_attention.md has what was compiled) and not yet timed on a GPU.
+# For each architecture, sweep and bytes of a number: the tile of up to so many channels. Chosen among those that spill fewest
+# registers when compiled (docs/performance/spatial_attention.md), not yet timed on a GPU.
 TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
     "cuda": {  # every other GPU of NVIDIA: at most 99 KiB of shared memory, as sm_86, sm_89 and sm_120 have
         ("attend", 2): {
@@ -33,9 +33,9 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
             256: Tile(64, 32, 8, 2),
             512: Tile(32, 32, 4, 2, 256),
         },
-        ("slopes", 2): {128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 4, 2), 512: Tile(32, 32, 4, 2, 128)},
-        ("attend", 4): {64: Tile(64, 32, 8, 2), 256: Tile(32, 32, 8, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
-        ("slopes", 4): {64: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
+        ("slopes", 2): {128: Tile(128, 32, 8, 2), 384: Tile(32, 32, 4, 2), 512: Tile(16, 32, 4, 1, 128)},
+        ("attend", 4): {64: Tile(64, 32, 8, 2), 128: Tile(32, 32, 8, 1), 512: Tile(16, 16, 4, 1, 128)},
+        ("slopes", 4): {64: Tile(32, 32, 4, 2), 512: Tile(16, 16, 4, 1, 128)},
     },
     "cuda:90": {
         ("attend", 2): {256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2)},
@@ -45,14 +45,14 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
             384: Tile(64, 32, 8, 2, 128),
             512: Tile(64, 16, 8, 2, 128),
         },
-        ("attend", 4): {64: Tile(64, 32, 4, 2), 256: Tile(32, 32, 8, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
-        ("slopes", 4): {64: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
+        ("attend", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 8, 1), 512: Tile(16, 16, 4, 1, 128)},
+        ("slopes", 4): {64: Tile(32, 32, 4, 2), 512: Tile(16, 16, 4, 1, 128)},
     },
     "cuda:100": {
         ("attend", 2): {128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2), 512: Tile(64, 32, 8, 1, 256)},
         ("slopes", 2): {128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2), 512: Tile(64, 32, 8, 1, 128)},
-        ("attend", 4): {64: Tile(64, 32, 4, 2), 256: Tile(32, 32, 8, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
-        ("slopes", 4): {64: Tile(32, 32, 4, 2), 256: Tile(32, 16, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
+        ("attend", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 8, 1), 512: Tile(16, 16, 4, 1, 128)},
+        ("slopes", 4): {64: Tile(32, 32, 4, 2), 512: Tile(16, 16, 4, 1, 128)},
     },
     "hip": {
         ("attend", 2): {64: Tile(64, 64, 4, 1), 256: Tile(32, 32, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
