@@ -10,6 +10,7 @@ from .channel_attention import channel_attention, channel_attention_distance
 from .codebook import codebook_cross_entropy
 from .contrast import contrastive_ratio, matched_distance, pairwise_distance
 from .dispatch import backend, explain, info
+from .gaussian import gaussian_distance
 from .spatial_attention import spatial_attention
 
 try:
@@ -26,6 +27,7 @@ __all__ = [
     "codebook_cross_entropy",
     "contrastive_ratio",
     "explain",
+    "gaussian_distance",
     "info",
     "matched_distance",
     "pairwise_distance",

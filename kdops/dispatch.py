@@ -32,11 +32,23 @@ FLOATING = (torch.float32, torch.float64, *REDUCED)
 
 @dataclass(frozen=True)
 class Sample:
-    """One input of the contract tests: shapes of the positional tensors (drawn from a normal distribution) and keyword arguments."""
+    """One input of the contract tests: shapes of the tensors (drawn from a normal distribution) and keyword arguments.
+
+    Each tensor is a positional argument; with `taps`, every so many of them are a list, and each list is one.
+    `not_differentiable` says why the definition has no true derivative here, against which gradcheck could hold it.
+    """
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    taps: int | None = None
+    not_differentiable: str | None = None
+
+    def arguments(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """The positional arguments that hold these tensors."""
+        if self.taps is None:
+            return list(tensors)
+        return [list(tensors[i : i + self.taps]) for i in range(0, len(tensors), self.taps)]
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from .affinity import affinity_distance
 from .channel_attention import channel_attention, channel_attention_distance
 from .codebook import codebook_cross_entropy
 from .contrast import contrastive_ratio, matched_distance, pairwise_distance
+from .gaussian import gaussian_distance
 from .spatial_attention import spatial_attention
 
 
@@ -128,4 +131,24 @@ class CodebookCrossEntropy(nn.Module):
             temperature=self.temperature,
             reduction=self.reduction,
             backend=self.backend,
+        )
+
+
+class GaussianDistance(nn.Module):
+    """`kdops.gaussian_distance` as a module: x and y (B, *F) -> scalar or (B,), or lists of T taps -> (T,) or (T, B)."""
+
+    def __init__(
+        self,
+        *,
+        sigma: float | Sequence[float] | str = 1.0,
+        statistic: str = "mean",
+        reduction: str = "mean",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.sigma, self.statistic, self.reduction, self.backend = sigma, statistic, reduction, backend
+
+    def forward(self, x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor]) -> Tensor:
+        return gaussian_distance(
+            x, y, sigma=self.sigma, statistic=self.statistic, reduction=self.reduction, backend=self.backend
         )

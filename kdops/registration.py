@@ -75,6 +75,22 @@ def differentiate(
         torch.library.register_autograd(f"kdops::{name}_backward{suffix}", refuse, lib=LIBRARY)
 
 
+def differentiate_twice(
+    name: str,
+    setup_context: Callable[..., None],
+    backward: Callable[[Op], Callable[..., Any]],
+    setup_twice: Callable[..., None],
+    backward_twice: Callable[..., Any],
+) -> None:
+    """As `differentiate`, where the backward operator has an analytic derivative of its own, `backward_twice`."""
+    for suffix in _suffixes[name]:
+        formula = backward(op(f"{name}_backward", suffix))
+        torch.library.register_autograd(f"kdops::{name}{suffix}", formula, setup_context=setup_context, lib=LIBRARY)
+        torch.library.register_autograd(
+            f"kdops::{name}_backward{suffix}", backward_twice, setup_context=setup_twice, lib=LIBRARY
+        )
+
+
 def _lazy(module: str, function: str) -> Op:
     def call(*args: Any) -> Any:
         kernel = getattr(importlib.import_module(module), function)

@@ -1,0 +1,170 @@
+"""Schemas, fakes, autograd, backends, costs and sample inputs of the Gaussian distance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, registration
+from ..dispatch import Backend, OpSpec, Sample, size
+from ..registration import accumulator, gradient_like
+from . import reference
+
+NAME = "gaussian_distance"
+TRITON = "kdops.gaussian.triton"
+
+Taps = Sequence[Tensor]
+
+
+def _fake(x: Taps, y: Taps, sigma: Sequence[float] | None, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The distances, their derivatives by the sum of squares, and minus the logarithmic derivative of those."""
+    table, dtype = (len(x), x[0].shape[0]), accumulator(x[0])
+    return x[0].new_empty(table, dtype=dtype), x[0].new_empty(table, dtype=dtype), x[0].new_empty(len(x), dtype=dtype)
+
+
+def _fake_backward(
+    weight: Tensor, x: Taps, y: Taps, need_x: Sequence[bool], need_y: Sequence[bool]
+) -> tuple[list[Tensor], list[Tensor]]:
+    def gradients(taps: Taps, need: Sequence[bool]) -> list[Tensor]:
+        return [gradient_like(t, needed) for t, needed in zip(taps, need, strict=True)]
+
+    return gradients(x, need_x), gradients(y, need_y)
+
+
+def _setup_context(
+    ctx: Any, inputs: tuple[Taps, Taps, Sequence[float] | None, bool], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    x, y, *_ = inputs
+    _, slope, rate = output
+    ctx.mark_non_differentiable(rate)
+    ctx.set_materialize_grads(False)  # a slope has an upstream gradient only in double backward
+    ctx.save_for_backward(slope, rate, *x, *y)
+
+
+def _backward(op: registration.Op) -> Callable[..., Any]:
+    """With D = sum (x - y)^2: distance = -expm1(-rate D), slope = d distance / dD, d slope / dD = -rate slope."""
+
+    def backward(ctx: Any, grad: Tensor | None, grad_slope: Tensor | None, _: None) -> tuple[Any, ...]:
+        slope, rate, *taps = ctx.saved_tensors
+        upstream = 0 if grad is None else grad
+        if grad_slope is not None:
+            upstream = upstream - grad_slope * rate.unsqueeze(1)
+        count = len(taps) // 2
+        need = [list(needed) for needed in ctx.needs_input_grad[:2]]
+        grads = op(upstream * slope, taps[:count], taps[count:], *need)  # (T, B) times 2 (x - y)
+        return *(_needed(g, n) for g, n in zip(grads, need, strict=True)), None, None
+
+    return backward
+
+
+def _needed(grads: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor | None]:
+    return [grad if needed else None for grad, needed in zip(grads, need, strict=True)]
+
+
+def _setup_twice(ctx: Any, inputs: tuple[Tensor, Taps, Taps, Sequence[bool], Sequence[bool]], output: Any) -> None:
+    weight, x, y, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(weight, *x, *y)
+
+
+def _backward_twice(ctx: Any, *grads: list[Tensor | None]) -> tuple[Any, ...]:
+    """Of 2 weight (x - y), the gradient of x, and its negative, that of y. In plain torch, which differentiates it once more."""
+    weight, *taps = ctx.saved_tensors
+    count = len(taps) // 2
+    rows, of_x = [], []
+    for row, a, b, into_x, into_y in zip(weight, taps[:count], taps[count:], *grads, strict=True):
+        along = torch.zeros_like(a)  # the direction in which the difference x - y is asked about
+        along = along if into_x is None else along + into_x
+        along = along if into_y is None else along - into_y
+        rows.append(2 * ((a - b) * along).flatten(1).sum(1, dtype=weight.dtype))
+        of_x.append((2 * row.view(-1, *[1] * (a.ndim - 1)) * along).to(a.dtype))
+    return torch.stack(rows), of_x, [-g for g in of_x], None, None
+
+
+registration.define(
+    NAME, "(Tensor[] x, Tensor[] y, float[]? sigma, bool mean) -> (Tensor, Tensor, Tensor)", _fake, TRITON
+)
+registration.define(
+    f"{NAME}_backward",
+    "(Tensor weight, Tensor[] x, Tensor[] y, bool[] need_x, bool[] need_y) -> (Tensor[], Tensor[])",
+    _fake_backward,
+    TRITON,
+)
+registration.differentiate_twice(NAME, _setup_context, _backward, _setup_twice, _backward_twice)
+
+
+# --- costs -----------------------------------------------------------------------------------------------------------------------
+
+
+def _inputs(x: Tensor | Taps, y: Tensor | Taps) -> list[Tensor]:
+    return [t for taps in (x, y) for t in ([taps] if isinstance(taps, Tensor) else taps)]
+
+
+def _bytes(x: Tensor | Taps, y: Tensor | Taps, *, backward: bool = False, **kwargs: Any) -> int:
+    # Forward reads every input once; backward reads them again and writes the gradients that are asked for.
+    given = _inputs(x, y)
+    return size(*given) * (1 + backward) + backward * size(*(t for t in given if t.requires_grad))
+
+
+def _flops(x: Tensor | Taps, y: Tensor | Taps, *, backward: bool = False, **kwargs: Any) -> int:
+    # Forward: subtract, multiply, add. Backward: subtract, multiply, and once more for the sign of a second gradient.
+    given = _inputs(x, y)
+    wanted = sum(t.numel() for t in given if t.requires_grad)
+    return sum(t.numel() for t in given) * 3 // 2 + backward * 2 * wanted
+
+
+def _scratch_bytes(x: Tensor | Taps, y: Tensor | Taps, *, backward: bool = False, **kwargs: Any) -> int:
+    # One sum of 8 bytes for every 32,768 features of a sample, or fewer.
+    return sum(8 * t.shape[0] * -(-t[:1].numel() // 2**15) for t in _inputs(x, y)) // 2
+
+
+# --- backends and samples --------------------------------------------------------------------------------------------------------
+
+
+def _kernel(op: registration.Op) -> Callable[..., Tensor]:
+    def run(x: list[Tensor], y: list[Tensor], sigma: list[float] | None, mean: bool) -> Tensor:
+        distance: Tensor = op(x, y, sigma, mean)[0]  # the rest is for backward
+        return distance
+
+    return run
+
+
+BACKENDS = (
+    Backend("cpu", _kernel(registration.op(NAME)), dispatch.supports_cpu),
+    Backend("triton", _kernel(registration.op(NAME, "_triton")), dispatch.supports_triton),
+    Backend("reference", reference.gaussian_distance, dispatch.supports_reference),
+)
+
+_ADAPTIVE = "an adaptive sigma depends on the inputs and by definition passes no gradient"
+_TAPS = ((3, 4, 5, 7), (3, 2, 11), (3, 1))
+
+SAMPLES = (
+    Sample("one tap", ((3, 4, 5, 7), (3, 4, 5, 7))),
+    Sample("sum, each sample", ((2, 3, 5), (2, 3, 5)), {"sigma": 4.0, "statistic": "sum", "reduction": "none"}),
+    Sample("adaptive", ((3, 2, 13), (3, 2, 13)), {"sigma": "adaptive"}, not_differentiable=_ADAPTIVE),
+    Sample("taps", (*_TAPS, *_TAPS), {"sigma": (0.5, 1.0, 2.0), "reduction": "sum"}, taps=3),
+    Sample("taps, each sample", (*_TAPS, *_TAPS), {"reduction": "none"}, taps=3),
+    Sample("adaptive taps", (*_TAPS, *_TAPS), {"sigma": "adaptive"}, taps=3, not_differentiable=_ADAPTIVE),
+    Sample("long rows", ((2, 3, 1601), (2, 3, 1601)), {"sigma": 1.5}),
+    Sample("one of each", ((1, 1), (1, 1)), {"sigma": 0.7}),
+    Sample("empty batch", ((0, 3, 2), (0, 3, 2)), {"reduction": "sum"}),
+)
+
+
+def register(function: Callable[..., Any]) -> None:
+    """Tell dispatch and the contract tests about the public function of this op."""
+    dispatch.register(
+        OpSpec(
+            name=NAME,
+            function=function,
+            backends=BACKENDS,
+            samples=SAMPLES,
+            bytes=_bytes,
+            flops=_flops,
+            scratch_bytes=_scratch_bytes,
+            raw_ops=(NAME, f"{NAME}_backward"),
+        )
+    )
