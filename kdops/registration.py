@@ -94,7 +94,7 @@ def differentiate_twice(
 def _lazy(module: str, function: str) -> Op:
     def call(*args: Any) -> Any:
         kernel = getattr(importlib.import_module(module), function)
-        device = args[0].device
+        device = (args[0][0] if isinstance(args[0], list) else args[0]).device
         if device.type == "cuda":
             with torch.cuda.device(device):
                 return kernel(*args)

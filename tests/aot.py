@@ -77,7 +77,31 @@ def spatial_attention(everything: bool) -> Calls:
             yield from calls(c, dtype, value=True)
 
 
-OPS: dict[str, Callable[[bool], Calls]] = {"contrast": contrast, "spatial_attention": spatial_attention}
+def gaussian(everything: bool) -> Calls:
+    from kdops.gaussian import triton as ops
+
+    def calls(b: int, features: tuple[int, ...], dtype: torch.dtype, sigma: list[float] | None) -> Calls:
+        x, y = ([empty(b, f, dtype=dtype) for f in features] for _ in range(2))
+        count = len(features)
+        weight = empty(count, b)
+        yield lambda: ops.gaussian_distance(x, y, sigma, True)
+        yield lambda: ops.gaussian_distance_backward(weight, x, y, [True] * count, [False] * count)
+        yield lambda: ops.gaussian_distance_backward(weight, x, y, [True] * count, [True] * count)
+
+    pyramid = (1048576, 262144, 65536, 16384, 4096)
+    yield from calls(8, pyramid, torch.bfloat16, [1.0] * 5)
+    yield from calls(8, pyramid[:1], torch.float32, None)
+    yield from calls(8, (4099, 1, 147456), torch.float16, None)  # rows that are not aligned
+    for taps in (1, 2, 3, 4, 6, 8, 12, 16) if everything else ():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            yield from calls(16, (147456,) * taps, dtype, [1.0] * taps)
+
+
+OPS: dict[str, Callable[[bool], Calls]] = {
+    "contrast": contrast,
+    "gaussian": gaussian,
+    "spatial_attention": spatial_attention,
+}
 
 
 class _Driver:

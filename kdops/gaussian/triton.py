@@ -1,0 +1,248 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# (The arguments of a kernel have types of Triton, which Python's annotations cannot say.)
+"""The Gaussian distance as Triton kernels: one launch reads all taps, whatever their shapes, and one small launch finishes their sums.
+
+The programs of a launch are numbered through: first those of the first tap, then those of the second, and so on; a program finds its
+tap by its number. Within a tap they are numbered by sample, then by chunk of the features.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tiles
+from ..layout import flat_rows, gradient_rows, settle
+from .reference import ADAPTIVE_FLOOR
+
+FEATURES = 1024  # of a tile
+MAX_STEPS = 64  # tiles of a chunk, which bounds the rounding error of very long rows
+PROGRAMS = 16  # on a multiprocessor, where there is enough work
+ROWS, COLUMNS = 16, 64  # of a tile of partial sums
+
+
+@triton.jit
+def _locate(sizes, B, CHUNK: tl.constexpr):
+    """The tap of this program, its sample, and the first feature of its chunk."""
+    number = tl.program_id(0).to(tl.int64)
+    tap = 0
+    begin = number * 0
+    size = begin + sizes[0]
+    end = begin
+    for t in tl.static_range(len(sizes)):
+        here = number >= end
+        tap = tl.where(here, t, tap)
+        begin = tl.where(here, end, begin)
+        size = tl.where(here, sizes[t], size)
+        end += B * tl.cdiv(sizes[t] + begin * 0, CHUNK)
+    chunks = tl.cdiv(size, CHUNK)
+    return tap, size, (number - begin) // chunks, (number - begin) % chunks * CHUNK
+
+
+@triton.jit
+def _select(pointers, tap):
+    """pointers[tap], for a tap that only the program knows."""
+    chosen = pointers[0]
+    for t in tl.static_range(1, len(pointers)):
+        chosen = tl.where(tap == t, pointers[t], chosen)
+    return chosen
+
+
+# --- distances -------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["B"])
+def _squares(
+    xs,  # for each tap (B, F_t)
+    ys,
+    sizes,  # F_t
+    partial,  # (programs,) float32
+    B,
+    STEPS: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """One program: the sum of squares over one chunk of one sample, which is STEPS tiles of FEATURES."""
+    tap, size, row, first = _locate(sizes, B, STEPS * FEATURES)
+    x = _select(xs, tap) + row * size
+    y = _select(ys, tap) + row * size
+    sums = tl.zeros((FEATURES,), tl.float32)
+    for step in tl.range(0, STEPS, num_stages=3):
+        f = first + step * FEATURES + tl.arange(0, FEATURES)
+        difference = tiles.load(x + f, f < size) - tiles.load(y + f, f < size)
+        sums += difference * difference
+    tiles.store(partial + tl.program_id(0), tl.sum(sums, 0), True)
+
+
+@triton.jit
+def _row_sums(partial, rows, B, chunks, COLUMNS: tl.constexpr):
+    """The sums over the chunks of some rows of partial (B, chunks)."""
+    sums = tl.zeros(rows.shape, tl.float32)
+    for begin in range(0, chunks, COLUMNS):
+        c = begin + tl.arange(0, COLUMNS)
+        inside = (rows < B)[:, None] & (c < chunks)[None, :]
+        sums += tl.sum(tiles.load(partial + rows[:, None] * chunks + c[None, :], inside), 1)
+    return sums
+
+
+@triton.jit
+def _minus_expm1_of_minus(z):
+    """1 - exp(-z) for z >= 0. Below 1/2 by its series, to 9 terms (1e-9): the difference would cancel there."""
+    series = 1 - z / 9
+    for n in tl.static_range(8, 1, -1):
+        series = 1 - z / n * series
+    return tl.where(z < 0.5, z * series, 1 - tl.exp(-z))
+
+
+@triton.jit(do_not_specialize=["B"])
+def _finish(
+    partial,  # for each tap (B, chunks_t) float32, one after the other
+    firsts,  # where each begins
+    chunks,  # chunks_t
+    counts,  # what each sum of squares is divided by: F_t for a mean
+    variances,  # sigma_t^2; 0 for adaptive
+    distance,  # (T, B) float32
+    slope,  # (T, B) float32
+    rate,  # (T,) float32
+    B,
+    FLOOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program: all samples of one tap."""
+    tap = tl.program_id(0)
+    partial += _select(firsts, tap)
+    n = _select(chunks, tap)
+    count = _select(counts, tap)
+    variance = _select(variances, tap)
+    if variance == 0:
+        total = 0.0
+        for first in range(0, B, ROWS):
+            total += tl.sum(_row_sums(partial, first + tl.arange(0, ROWS), B, n, COLUMNS) / count, 0)
+        variance = total / B + FLOOR
+    per_square = 1 / (2 * variance * count)
+    tiles.store(rate + tap, per_square, True)
+    for first in range(0, B, ROWS):
+        rows = first + tl.arange(0, ROWS)
+        exponent = _row_sums(partial, rows, B, n, COLUMNS) * per_square
+        out = tap.to(tl.int64) * B + rows
+        tiles.store(distance + out, _minus_expm1_of_minus(exponent), rows < B)
+        tiles.store(slope + out, per_square * tl.exp(-exponent), rows < B)
+
+
+def gaussian_distance(
+    x: Sequence[Tensor], y: Sequence[Tensor], sigma: Sequence[float] | None, mean: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Taps (B, *F_t) -> distance (T, B), its derivative by the sum of squares (T, B), and the rate (T,), float32."""
+    batch = x[0].shape[0]
+    distance, slope = (x[0].new_empty((len(x), batch), dtype=torch.float32) for _ in range(2))
+    rate = x[0].new_empty(len(x), dtype=torch.float32)
+    if batch == 0:
+        return distance, slope, rate.zero_()
+    pairs = [flat_rows(a, b, (1, 1)) for a, b in zip(x, y, strict=True)]
+    sizes = tuple(a.shape[1] for a, _ in pairs)
+    steps, chunks = _chunks(sizes, batch, x[0].device)
+    firsts = [0]
+    for n in chunks:
+        firsts.append(firsts[-1] + batch * n)
+    partial = x[0].new_empty(firsts[-1], dtype=torch.float32)
+    if firsts[-1]:
+        xs, ys = (tuple(side) for side in zip(*pairs, strict=True))
+        _squares[(firsts[-1],)](xs, ys, sizes, partial, batch, steps, FEATURES, num_warps=4, **tiles.OPTIONS)
+    _finish[(len(x),)](
+        partial,
+        tuple(firsts[:-1]),
+        chunks,
+        tuple(float(size if mean else 1) for size in sizes),
+        (0.0,) * len(x) if sigma is None else tuple(s**2 for s in sigma),
+        distance,
+        slope,
+        rate,
+        batch,
+        ADAPTIVE_FLOOR,
+        ROWS,
+        COLUMNS,
+        num_warps=4,
+        **tiles.OPTIONS,
+    )
+    return distance, slope, rate
+
+
+def _chunks(sizes: Sequence[int], batch: int, device: torch.device) -> tuple[int, tuple[int, ...]]:
+    """Tiles of a chunk, a power of two so that few kernels are compiled, and chunks of a sample of each tap."""
+    tiles_of_all = batch * sum(triton.cdiv(size, FEATURES) for size in sizes)
+    wanted = triton.cdiv(tiles_of_all, tiles.multiprocessors(device) * PROGRAMS)
+    steps = min(MAX_STEPS, triton.next_power_of_2(max(wanted, 1)))
+    return steps, tuple(triton.cdiv(size, steps * FEATURES) for size in sizes)
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["B", "stride_tap", "stride_row"])
+def _gradients(
+    xs,  # for each tap (B, F_t)
+    ys,
+    grads_x,  # the same shapes, or None where they are not needed
+    grads_y,
+    sizes,  # F_t
+    rows_of_weight,  # for each tap its row of weight
+    weight,  # (T, B) float32, any strides
+    B,
+    stride_tap: tl.int64,
+    stride_row: tl.int64,
+    FEATURES: tl.constexpr,
+):
+    """One program: one tile of one sample, 2 weight (x - y) and its negative."""
+    tap, size, row, first = _locate(sizes, B, FEATURES)
+    f = first + tl.arange(0, FEATURES)
+    at = row * size + f
+    difference = tiles.load(_select(xs, tap) + at, f < size) - tiles.load(_select(ys, tap) + at, f < size)
+    scale = tiles.load(weight + _select(rows_of_weight, tap) * stride_tap + row * stride_row, True)
+    gradient = 2 * scale * difference
+    if grads_x is not None:
+        tiles.store(_select(grads_x, tap) + at, gradient, f < size)
+    if grads_y is not None:
+        tiles.store(_select(grads_y, tap) + at, -gradient, f < size)
+
+
+def gaussian_distance_backward(
+    weight: Tensor, x: Sequence[Tensor], y: Sequence[Tensor], need_x: Sequence[bool], need_y: Sequence[bool]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """weight (T, B), taps (B, *F_t) -> the gradients of x and y, (0,) where one is not needed. One launch for each kind of need."""
+    pairs = [flat_rows(a, b, (1, 1)) for a, b in zip(x, y, strict=True)]
+    grads_x = [_Gradient(t, flat, need) for t, (flat, _), need in zip(x, pairs, need_x, strict=True)]
+    grads_y = [_Gradient(t, flat, need) for t, (_, flat), need in zip(y, pairs, need_y, strict=True)]
+    needs = list(zip(need_x, need_y, strict=True))
+    for wanted in ((True, True), (True, False), (False, True)):
+        taps = [t for t, need in enumerate(needs) if need == wanted and x[t].numel()]
+        if not taps:
+            continue
+        sizes = tuple(pairs[t][0].shape[1] for t in taps)
+        batch = weight.shape[1]
+        _gradients[(batch * sum(triton.cdiv(size, FEATURES) for size in sizes),)](
+            tuple(pairs[t][0] for t in taps),
+            tuple(pairs[t][1] for t in taps),
+            tuple(grads_x[t].rows for t in taps) if wanted[0] else None,
+            tuple(grads_y[t].rows for t in taps) if wanted[1] else None,
+            sizes,
+            tuple(taps),
+            weight,
+            batch,
+            *weight.stride(),
+            FEATURES,
+            num_warps=4,
+            **tiles.OPTIONS,
+        )
+    return [g.settled() for g in grads_x], [g.settled() for g in grads_y]
+
+
+class _Gradient:
+    """The gradient of a tap, to be written as `rows`; of no elements where it is not needed."""
+
+    def __init__(self, tap: Tensor, flat: Tensor, needed: bool) -> None:
+        self.gradient, self.rows = gradient_rows(tap, flat) if needed else (tap.new_empty(0),) * 2
+
+    def settled(self) -> Tensor:
+        return settle(self.gradient, self.rows)
