@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import contract_gate, machine, measure, results
-from kdops.dispatch import SPECS
+from kdops.dispatch import SPECS, in_taps
 
 Function = Callable[..., Tensor]
 OURS = "kdops."
@@ -33,14 +33,15 @@ class Case:
     """One call of an op, forward or forward and backward.
 
     `shapes` are those of the distinct tensors, `arguments` says which of them each argument is (none twice, unless given), `trained`
-    which need a gradient. `held` is what eager torch holds at its peak, in bytes, where that matters; `exact` whether a float64 truth
-    is affordable.
+    which need a gradient; with `taps`, every so many arguments are passed as one list. `held` is what eager torch holds at its peak, in
+    bytes, where that matters; `exact` whether a float64 truth is affordable.
     """
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
     trained: tuple[int, ...]
     arguments: tuple[int, ...] = ()
+    taps: int | None = None
     options: tuple[tuple[str, Any], ...] = ()
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -75,11 +76,11 @@ class Case:
     def step(self, function: Function, inputs: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         """Forward and backward through `function`, returning the results and the gradients that are asked for."""
         wanted = list({id(t): t for t in inputs if t.requires_grad}.values())
-        options = dict(self.options)
+        arguments, options = in_taps(inputs, self.taps), dict(self.options)
         upstream: list[Tensor] = []
 
         def run() -> list[Tensor]:
-            out = function(*inputs, **options)
+            out = function(*arguments, **options)
             outs = [out] if isinstance(out, Tensor) else list(out)
             if not wanted:
                 return outs
@@ -201,7 +202,8 @@ class Suite:
     ) -> dict[str, float | int]:
         options = dict(case.options)
         moved, done = (
-            count(*inputs, **options, backward=bool(case.trained)) for count in (self.spec.bytes, self.spec.flops)
+            count(*in_taps(inputs, case.taps), **options, backward=bool(case.trained))
+            for count in (self.spec.bytes, self.spec.flops)
         )
         floor = machine.peaks(case.device, case.dtype).floor(moved, done, self.unit)
         return {

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <optional>
 
+#include "common/pages.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 
@@ -198,6 +199,8 @@ std::tuple<Tensors, Tensors> gaussian_distance_backward(const Tensor& weight, co
   for (size_t t = 0; t < taps.size(); ++t) {
     grads_x.emplace_back(need_x[t], x[t], taps[t].x, 1);
     grads_y.emplace_back(need_y[t], y[t], taps[t].y, 1);
+    prepare(grads_x.back().rows);
+    prepare(grads_y.back().rows);
   }
   for_dtype<float, double, BFloat16, Half>(x[0].scalar_type(), [&](auto zero) {
     using scalar_t = decltype(zero);

@@ -30,6 +30,13 @@ REDUCED = (torch.float16, torch.bfloat16)
 FLOATING = (torch.float32, torch.float64, *REDUCED)
 
 
+def in_taps(tensors: Sequence[Tensor], taps: int | None) -> list[Any]:
+    """The tensors in lists of `taps` each; as they are for None."""
+    if taps is None:
+        return list(tensors)
+    return [list(tensors[i : i + taps]) for i in range(0, len(tensors), taps)]
+
+
 @dataclass(frozen=True)
 class Sample:
     """One input of the contract tests: shapes of the tensors (drawn from a normal distribution) and keyword arguments.
@@ -46,9 +53,7 @@ class Sample:
 
     def arguments(self, tensors: Sequence[Tensor]) -> list[Any]:
         """The positional arguments that hold these tensors."""
-        if self.taps is None:
-            return list(tensors)
-        return [list(tensors[i : i + self.taps]) for i in range(0, len(tensors), self.taps)]
+        return in_taps(tensors, self.taps)
 
 
 @dataclass(frozen=True)

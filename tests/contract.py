@@ -45,7 +45,7 @@ class Case:
     def call(self, *tensors: Tensor, backend: str | None = None) -> tuple[Tensor, ...]:
         """The results of the public function, one or several, on this case's backend unless another is named."""
         kwargs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in self.sample.kwargs.items()}
-        out = self.spec.function(*tensors, **kwargs, backend=backend or self.backend)
+        out = self.spec.function(*self.sample.arguments(tensors), **kwargs, backend=backend or self.backend)
         return (out,) if isinstance(out, Tensor) else tuple(out)
 
     def upstream(self, outs: tuple[Tensor, ...], seed: int = 1) -> list[Tensor]:
@@ -68,6 +68,14 @@ class Case:
         """The results and the gradients of every input that requires one."""
         outs = self.call(*tensors, backend=backend)
         return tuple(out.detach() for out in outs), self.backward(outs, tensors, seed)
+
+    def second_gradients(self, backend: str | None = None) -> list[Tensor]:
+        """The gradients of the gradients' squares."""
+        given = self.inputs()
+        grads = torch.autograd.grad(
+            sum(out.sum() for out in self.call(*given, backend=backend)), given, create_graph=True
+        )
+        return list(torch.autograd.grad(sum(g.square().sum() for g in grads), given))
 
 
 def cases() -> list[Case]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import kdops
 from tests.contract import DTYPES, GPU, Case, RecordOps, cases, layouts, missing, relative_error
@@ -30,13 +31,14 @@ def supported(case: Case, dtype: torch.dtype) -> bool:
 @pytest.mark.parametrize("sample_case", [c for c in CASES if c.backend == "reference"], ids=str)
 def test_costs_are_stated(sample_case: Case) -> None:
     """Bytes, FLOPs and scratch of every sample: whole numbers, and backward costs more than forward alone."""
-    spec, kwargs = sample_case.spec, sample_case.sample.kwargs
+    spec, sample = sample_case.spec, sample_case.sample
+    given = sample_case.inputs()
     for count in (spec.bytes, spec.flops, spec.scratch_bytes):
-        forward, both = (count(*sample_case.inputs(), **kwargs, backward=b) for b in (False, True))
+        forward, both = (count(*sample.arguments(given), **sample.kwargs, backward=b) for b in (False, True))
         assert isinstance(forward, int)
         assert 0 <= forward <= both
-    if all(n for shape in sample_case.sample.shapes for n in shape):
-        assert spec.bytes(*sample_case.inputs(), **kwargs) >= kdops.dispatch.size(*sample_case.inputs())
+    if all(n for shape in sample.shapes for n in shape):
+        assert spec.bytes(*sample.arguments(given), **sample.kwargs) >= kdops.dispatch.size(*given)
 
 
 @pytest.mark.parametrize(("spec", "backend", "reason"), list(missing()), ids=lambda v: getattr(v, "name", v))
@@ -88,6 +90,8 @@ def test_01_matches_float64(case: Case, dtype: torch.dtype, poisoned_memory: Non
 
 @every_gradient
 def test_02_gradcheck(case: Case) -> None:
+    if case.sample.not_differentiable:
+        pytest.skip(case.sample.not_differentiable)
     if not supported(case, torch.float64):
         assert case.backend in ("cuda", "triton"), "the reference and the CPU must take float64"
         return
@@ -96,13 +100,13 @@ def test_02_gradcheck(case: Case) -> None:
 
 @first_gradient
 def test_02_double_backward(case: Case) -> None:
-    if case.backend == "reference" or case.spec.no_double_backward is None:
+    if case.backend != "reference" and case.spec.no_double_backward is not None:
+        with pytest.raises(NotImplementedError, match="no double backward"):
+            case.second_gradients()
+    elif supported(case, torch.float64):
         assert torch.autograd.gradgradcheck(case.call, case.inputs(torch.float64), fast_mode=True)
-        return
-    given = case.inputs()
-    grads = torch.autograd.grad(sum(out.sum() for out in case.call(*given)), given, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no double backward"):
-        sum(g.square().sum() for g in grads).backward()
+    else:
+        torch.testing.assert_close(case.second_gradients(), case.second_gradients(backend="reference"))
 
 
 @first_sample
@@ -132,15 +136,19 @@ def recorded(case: Case, tensors: list[Tensor]) -> list[tuple]:
     return ops.calls
 
 
+def fresh(args: tuple, requires_grad: bool) -> tuple:
+    """Copies of the tensors among the arguments, and in lists among them."""
+    return tree_map_only(Tensor, lambda a: a.detach().clone().requires_grad_(requires_grad), args)
+
+
 @pytest.mark.parametrize("case", KERNELS, ids=str)
 def test_03_opcheck(case: Case) -> None:
     calls = recorded(case, case.inputs())
     assert calls, "no kdops operator ran"
     assert {op.name().removeprefix("kdops::").removesuffix("_triton") for op, *_ in calls} <= set(case.spec.raw_ops)
     for op, args, _ in calls:
-        differentiable = not op.name().removesuffix("_triton").endswith("_backward")
-        fresh = [a.detach().clone().requires_grad_(differentiable) if isinstance(a, Tensor) else a for a in args]
-        torch.library.opcheck(op, fresh)
+        once = op.name().removesuffix("_triton").endswith("_backward") and case.spec.no_double_backward is not None
+        torch.library.opcheck(op, fresh(args, requires_grad=not once))
 
 
 @pytest.mark.parametrize("case", [c for c in FIRST if c.backend != "reference"], ids=str)
@@ -259,8 +267,9 @@ def test_06_unwanted_gradients_are_not_computed(case: Case) -> None:
     given = [t.detach().requires_grad_(i == 0) for i, t in enumerate(case.inputs())]
     for op, args, out in recorded(case, given):
         if op.name().removesuffix("_triton").endswith("_backward"):
-            wanted = [a.numel() for a in args[1:] if isinstance(a, Tensor) and a.data_ptr() == given[0].data_ptr()]
-            assert sum(g.numel() for g in out) == sum(wanted)
+            tensors = [a for a in tree_leaves(args[1:]) if isinstance(a, Tensor)]
+            wanted = [a.numel() for a in tensors if a.data_ptr() == given[0].data_ptr()]
+            assert sum(g.numel() for g in tree_leaves(out)) == sum(wanted)
 
 
 @every_gradient

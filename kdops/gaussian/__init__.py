@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import isfinite
+from math import inf
 
 from torch import Tensor
 
@@ -70,11 +70,10 @@ def gaussian_distance(
 
 def _taps(x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Both as lists."""
-    lists = [isinstance(taps, (list, tuple)) for taps in (x, y)]
-    if not any(lists):
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
         checks.tensors(OP, x=x, y=y)
-        return [x], [y]  # type: ignore[list-item]  # checks.tensors says so
-    if not all(lists):
+        return [x], [y]  # type: ignore[list-item]  # checks.tensors has seen to it
+    if not (isinstance(x, (list, tuple)) and isinstance(y, (list, tuple))):
         raise TypeError(
             f"{OP}: x is {type(x).__name__} and y is {type(y).__name__}, but they must be two tensors or two lists of taps."
         )
@@ -84,7 +83,7 @@ def _taps(x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor]) -> tuple[S
         )
     named = {f"{name}[{t}]": tap for name, taps in (("x", x), ("y", y)) for t, tap in enumerate(taps)}
     checks.tensors(OP, **named)
-    return x, y  # type: ignore[return-value]
+    return x, y
 
 
 def _check(x: Sequence[Tensor], y: Sequence[Tensor], statistic: str, reduction: str) -> None:
@@ -118,7 +117,7 @@ def _widths(sigma: float | Sequence[float] | str, x: Tensor | Sequence[Tensor], 
     else:
         widths = [float(sigma)] * taps  # type: ignore[arg-type]  # float() says what is wrong
     for width in widths:
-        if not (width > 0 and isfinite(width)):
+        if not 0 < width < inf:
             raise ValueError(f"{OP}: sigma is {width}, but it must be above 0 and finite, or 'adaptive'.")
     return widths
 

@@ -52,16 +52,12 @@ def _backward(op: registration.Op) -> Callable[..., Any]:
         upstream = 0 if grad is None else grad
         if grad_slope is not None:
             upstream = upstream - grad_slope * rate.unsqueeze(1)
-        count = len(taps) // 2
-        need = [list(needed) for needed in ctx.needs_input_grad[:2]]
-        grads = op(upstream * slope, taps[:count], taps[count:], *need)  # (T, B) times 2 (x - y)
-        return *(_needed(g, n) for g, n in zip(grads, need, strict=True)), None, None
+        count, need = len(taps) // 2, list(ctx.needs_input_grad[1:])
+        need_x, need_y = need[:count], need[count:]
+        of_x, of_y = op(upstream * slope, taps[:count], taps[count:], need_x, need_y)
+        return tuple(g if needed else None for g, needed in zip((*of_x, *of_y), need, strict=True))
 
     return backward
-
-
-def _needed(grads: Sequence[Tensor | None], need: Sequence[bool]) -> list[Tensor | None]:
-    return [grad if needed else None for grad, needed in zip(grads, need, strict=True)]
 
 
 def _setup_twice(ctx: Any, inputs: tuple[Tensor, Taps, Taps, Sequence[bool], Sequence[bool]], output: Any) -> None:
@@ -93,7 +89,7 @@ registration.define(
     _fake_backward,
     TRITON,
 )
-registration.differentiate_twice(NAME, _setup_context, _backward, _setup_twice, _backward_twice)
+registration.differentiate_lists(NAME, _setup_context, _backward, _setup_twice, _backward_twice)
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------------------
@@ -144,10 +140,14 @@ _TAPS = ((3, 4, 5, 7), (3, 2, 11), (3, 1))
 SAMPLES = (
     Sample("one tap", ((3, 4, 5, 7), (3, 4, 5, 7))),
     Sample("sum, each sample", ((2, 3, 5), (2, 3, 5)), {"sigma": 4.0, "statistic": "sum", "reduction": "none"}),
-    Sample("adaptive", ((3, 2, 13), (3, 2, 13)), {"sigma": "adaptive"}, not_differentiable=_ADAPTIVE),
     Sample("taps", (*_TAPS, *_TAPS), {"sigma": (0.5, 1.0, 2.0), "reduction": "sum"}, taps=3),
-    Sample("taps, each sample", (*_TAPS, *_TAPS), {"reduction": "none"}, taps=3),
-    Sample("adaptive taps", (*_TAPS, *_TAPS), {"sigma": "adaptive"}, taps=3, not_differentiable=_ADAPTIVE),
+    Sample(
+        "adaptive taps",
+        (*_TAPS, *_TAPS),
+        {"sigma": "adaptive", "reduction": "none"},
+        taps=3,
+        not_differentiable=_ADAPTIVE,
+    ),
     Sample("long rows", ((2, 3, 1601), (2, 3, 1601)), {"sigma": 1.5}),
     Sample("one of each", ((1, 1), (1, 1)), {"sigma": 0.7}),
     Sample("empty batch", ((0, 3, 2), (0, 3, 2)), {"reduction": "sum"}),
