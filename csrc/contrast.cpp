@@ -7,6 +7,7 @@
 #include "contrast.h"
 
 #include <cmath>
+#include <optional>
 
 #include "common/parallel.h"
 #include "common/simd.h"
@@ -118,13 +119,13 @@ KDOPS_INLINE void block_gradients(const T* __restrict x, const T* __restrict y, 
 // --- one tile ---
 
 // Calls block(first row of x, first row of y, rows of x, rows of y) for blocks that cover all pairs; the last two are
-// constants.
+// constants. Where row 0 of x is row `diagonal` of y, only the blocks on the diagonal and above are called.
 template <typename Block>
-KDOPS_INLINE void for_each_block(int64_t rows_x, int64_t rows_y, const Block& block) {
+KDOPS_INLINE void for_each_block(int64_t rows_x, int64_t rows_y, std::optional<int64_t> diagonal, const Block& block) {
   using Many = std::integral_constant<int, kBlock>;
   using One = std::integral_constant<int, 1>;
   const auto along_y = [&](int64_t i, auto count_x) KDOPS_INLINE_LAMBDA {
-    int64_t k = 0;
+    int64_t k = diagonal ? *diagonal + i : 0;
     for (; k + kBlock <= rows_y; k += kBlock) block(i, k, count_x, Many{});
     for (; k < rows_y; ++k) block(i, k, count_x, One{});
   };
@@ -134,9 +135,9 @@ KDOPS_INLINE void for_each_block(int64_t rows_x, int64_t rows_y, const Block& bl
 }
 
 template <typename T, int P>
-KDOPS_CLONED void tile_distances(const T* x, int64_t rows_x, const T* y, int64_t rows_y, TileShape shape,
-                                 double* sums) {
-  for_each_block(rows_x, rows_y, [&](int64_t i, int64_t k, auto count_x, auto count_y) KDOPS_INLINE_LAMBDA {
+KDOPS_CLONED void tile_distances(const T* x, int64_t rows_x, const T* y, int64_t rows_y,
+                                 std::optional<int64_t> diagonal, TileShape shape, double* sums) {
+  for_each_block(rows_x, rows_y, diagonal, [&](int64_t i, int64_t k, auto count_x, auto count_y) KDOPS_INLINE_LAMBDA {
     block_distances<P, count_x, count_y>(x + i * shape.pitch, y + k * shape.pitch, shape, sums + i * rows_y + k,
                                          rows_y);
   });
@@ -145,10 +146,25 @@ KDOPS_CLONED void tile_distances(const T* x, int64_t rows_x, const T* y, int64_t
 template <typename T, int P, bool NeedX, bool NeedY>
 KDOPS_CLONED void tile_gradients(const T* x, int64_t rows_x, const T* y, int64_t rows_y, const T* weights,
                                  TileShape shape, T* grad_x, T* grad_y) {
-  for_each_block(rows_x, rows_y, [&](int64_t i, int64_t k, auto count_x, auto count_y) KDOPS_INLINE_LAMBDA {
+  for_each_block(rows_x, rows_y, {}, [&](int64_t i, int64_t k, auto count_x, auto count_y) KDOPS_INLINE_LAMBDA {
     block_gradients<P, count_x, count_y, NeedX, NeedY>(x + i * shape.pitch, y + k * shape.pitch,
                                                        weights + i * rows_y + k, rows_y, shape,
                                                        grad_x + i * shape.pitch, grad_y + k * shape.pitch);
+  });
+}
+
+// Of the rows to one another. A block above the diagonal serves the gradients of both its sides; one on the diagonal holds
+// each of its pairs twice.
+template <typename T, int P>
+KDOPS_CLONED void tile_symmetric_gradients(const T* x, int64_t rows, const T* weights, TileShape shape, T* grad) {
+  for_each_block(rows, rows, 0, [&](int64_t i, int64_t k, auto count_x, auto count_y) KDOPS_INLINE_LAMBDA {
+    const T *of = x + i * shape.pitch, *others = x + k * shape.pitch, *pairs = weights + i * rows + k;
+    T *grad_of = grad + i * shape.pitch, *grad_others = grad + k * shape.pitch;
+    if (i == k) {
+      block_gradients<P, count_x, count_y, true, false>(of, others, pairs, rows, shape, grad_of, grad_others);
+    } else {
+      block_gradients<P, count_x, count_y, true, true>(of, others, pairs, rows, shape, grad_of, grad_others);
+    }
   });
 }
 
@@ -185,16 +201,22 @@ void distances(const scalar_t* x, Rows x_rows, const scalar_t* y, Rows y_rows, c
     std::fill(sums, sums + rows * rows_y, 0.0);
     for (int64_t t = begin; t < end; t += width) {
       const TileShape shape = tile_shape<T>(t, width, end);
-      load(x + batch * x_rows.batch_stride + first * x_rows.row_stride + t, x_rows.row_stride, rows, shape, tile_x);
       load(y + batch * y_rows.batch_stride + t, y_rows.row_stride, rows_y, shape, tile_y);
-      kernel(tile_x, rows, tile_y, rows_y, shape, sums);
+      if (problem.symmetric) {
+        kernel(tile_y + first * shape.pitch, rows, tile_y, rows_y, first, shape, sums);
+      } else {
+        load(x + batch * x_rows.batch_stride + first * x_rows.row_stride + t, x_rows.row_stride, rows, shape, tile_x);
+        kernel(tile_x, rows, tile_y, rows_y, {}, shape, sums);
+      }
     }
   });
 
   for (int64_t batch = 0; batch < batches; ++batch) {
     for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t i = pair / rows_y, k = pair % rows_y;
+      const int64_t computed = problem.symmetric && i > k ? k * rows_y + i : pair;
       double sum = 0;
-      for (int64_t c = 0; c < chunks; ++c) sum += partial[(batch * chunks + c) * pairs + pair];
+      for (int64_t c = 0; c < chunks; ++c) sum += partial[(batch * chunks + c) * pairs + computed];
       result[batch * pairs + pair] = static_cast<T>(sum);
     }
   }
@@ -228,8 +250,27 @@ void gradients(const Side<scalar_t>& x, const Side<scalar_t>& y, const Accumulat
 }
 
 template <typename scalar_t, int P>
+void symmetric_gradients(const Side<scalar_t>& x, const Accumulator<scalar_t>* weights, const Problem& problem) {
+  using T = Accumulator<scalar_t>;
+  const int64_t rows = problem.rows_x, features = problem.features;
+  const int64_t width = tile_width<T>(2 * rows, features);
+  const int64_t pitch = tile_shape<T>(0, width, features).pitch;
+
+  for_each_task<T>(divide_up(features, width), 2 * rows * pitch, [&](int64_t task, T* tile) {
+    const int64_t t = task * width;
+    const TileShape shape = tile_shape<T>(t, width, features);
+    T* grad = tile + rows * pitch;
+    load(x.values + t, x.rows.row_stride, rows, shape, tile);
+    std::fill(grad, grad + rows * pitch, T(0));
+    tile_symmetric_gradients<T, P>(tile, rows, weights, shape, grad);
+    store(grad, shape, rows, x.gradient + t, x.gradient_rows.row_stride);
+  });
+}
+
+template <typename scalar_t, int P>
 void choose_gradients(const Side<scalar_t>& x, const Side<scalar_t>& y, const Accumulator<scalar_t>* weights,
                       const Problem& problem) {
+  if (x.gradient && problem.symmetric) return symmetric_gradients<scalar_t, P>(x, weights, problem);
   if (x.gradient && y.gradient) return gradients<scalar_t, P, true, true>(x, y, weights, problem);
   if (x.gradient) return gradients<scalar_t, P, true, false>(x, y, weights, problem);
   if (y.gradient) return gradients<scalar_t, P, false, true>(x, y, weights, problem);

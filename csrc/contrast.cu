@@ -26,6 +26,25 @@ __host__ __device__ constexpr int64_t divide_up(int64_t value, int64_t by) {
   return (value + by - 1) / by;
 }
 
+// Square tiles that cover all pairs of rows, `along` of them in a row; of symmetric distances each pair of tiles once: on
+// the diagonal, one beside it, and so on, around the end.
+struct Tiles {
+  int64_t along_x, along_y;
+  bool symmetric;
+
+  __host__ __device__ int64_t count() const {
+    return symmetric ? along_x * (along_x + 1) / 2 : along_x * along_y;
+  }
+
+  __device__ int64_t x(int64_t tile) const {
+    return symmetric ? tile % along_x : tile / along_y;
+  }
+
+  __device__ int64_t y(int64_t tile) const {
+    return symmetric ? (tile % along_x + tile / along_x) % along_x : tile % along_y;
+  }
+};
+
 // --- forward ---
 
 // Adds the first Count values over the 32 lanes of a warp. An exchange with the lane at distance Offset halves the
@@ -51,18 +70,14 @@ __device__ int add_over_warp(float (&values)[N]) {
 }
 
 // partial[batch][chunk][i][k]: distance of x_i and y_k over the columns of the chunk. A block computes RX x kRows of
-// them.
+// them; of symmetric ones it writes both places.
 template <typename scalar_t, int P, int RX>
 __global__ void __launch_bounds__(kThreads)
     partial_distances(const scalar_t* x, Rows rows_of_x, const scalar_t* y, Rows rows_of_y, Problem problem,
-                      int64_t chunk, float* partial) {
-  const int64_t tiles_x = divide_up(problem.rows_x, RX), tiles_y = divide_up(problem.rows_y, kRows);
+                      int64_t chunk, Tiles tiles, float* partial) {
   const int64_t chunks = divide_up(problem.features, chunk);
-  int64_t block = blockIdx.x;
-  const int64_t first_y = block % tiles_y * kRows;
-  block /= tiles_y;
-  const int64_t first_x = block % tiles_x * RX;
-  block /= tiles_x;  // batch * chunks + chunk
+  const int64_t tile = blockIdx.x % tiles.count(), block = blockIdx.x / tiles.count();  // batch * chunks + chunk
+  const int64_t first_x = tiles.x(tile) * RX, first_y = tiles.y(tile) * kRows;
   const int64_t begin = block % chunks * chunk, end = min(begin + chunk, problem.features);
   x += block / chunks * rows_of_x.batch_stride;
   y += block / chunks * rows_of_y.batch_stride;
@@ -94,6 +109,7 @@ __global__ void __launch_bounds__(kThreads)
     float sum = 0;
     for (int warp = 0; warp < kWarps; ++warp) sum += of_warps[warp][threadIdx.x];
     partial[block * problem.pairs() + i * problem.rows_y + k] = sum;
+    if (problem.symmetric) partial[block * problem.pairs() + k * problem.rows_y + i] = sum;
   }
 }
 
@@ -211,11 +227,11 @@ void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows row
   const int64_t chunks = divide_up(problem.features, chunk), count = problem.batches * problem.pairs();
   const Tensor partial = torch::stable::new_empty(result, {chunks * count});
   const bool single = problem.rows_x == 1;
-  const int64_t tiles = divide_up(problem.rows_x, single ? 1 : kRows) * divide_up(problem.rows_y, kRows);
+  const Tiles tiles{divide_up(problem.rows_x, single ? 1 : kRows), divide_up(problem.rows_y, kRows), problem.symmetric};
   const auto kernel = single ? partial_distances<scalar_t, P, 1> : partial_distances<scalar_t, P, kRows>;
   const auto stream = current_stream(x);
-  launch(stream, problem.batches * chunks * tiles, kernel, const_data<scalar_t>(x), rows_of_x, const_data<scalar_t>(y),
-         rows_of_y, problem, chunk, data<float>(partial));
+  launch(stream, problem.batches * chunks * tiles.count(), kernel, const_data<scalar_t>(x), rows_of_x, const_data<scalar_t>(y),
+         rows_of_y, problem, chunk, tiles, data<float>(partial));
   launch(stream, divide_up(count, kThreads), add_chunks, const_data<float>(partial), chunks, problem.pairs(), count,
          data<float>(result));
 }

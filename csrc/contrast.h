@@ -5,6 +5,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <tuple>
 
 #include "common/tensors.h"
@@ -13,6 +14,7 @@ namespace kdops {
 
 struct Problem {
   int64_t batches, rows_x, rows_y, features, p;
+  bool symmetric = false;  // x and y are one: each pair is computed once
 
   C10_HOST_DEVICE int64_t pairs() const {
     return rows_x * rows_y;
@@ -26,7 +28,8 @@ struct Rows {
 
 // Which of the two distances a call is about: how its tensors map to batches and rows.
 struct Pairing {
-  int64_t first_y;  // the axis of y where the features begin: (K, *F) or (B, K, *F)
+  int64_t first_y;         // the axis of y where the features begin: (K, *F) or (B, K, *F)
+  bool symmetric = false;  // y is x
 
   bool matched() const {
     return first_y == 2;
@@ -43,7 +46,7 @@ struct Pairing {
     STD_TORCH_CHECK(!matched() || x.size(0) == y.size(0), "kdops: anchor and others differ in batch size.");
     const int64_t features = count_features(x, 1);
     if (matched()) return {x.size(0), 1, y.size(1), features, p};
-    return {1, x.size(0), y.size(0), features, p};
+    return {1, x.size(0), y.size(0), features, p, symmetric};
   }
 
   Rows rows_x(const Tensor& x) const {
@@ -56,6 +59,7 @@ struct Pairing {
 };
 
 constexpr Pairing kPairwise{1};
+constexpr Pairing kSymmetric{1, true};
 constexpr Pairing kMatched{2};
 
 // The distances of every pair, of shape (B, K) for both pairings.
@@ -87,20 +91,22 @@ struct Side {
   }
 };
 
-// What each device implements.
+// What each device implements. A symmetric distance has one gradient, that of x, and `grad` is the sum of both places of
+// a pair.
 Tensor distance(const Tensor& x, const Tensor& y, int64_t p, Pairing pairing);
 std::tuple<Tensor, Tensor> distance_backward(const Tensor& grad, const Tensor& x, const Tensor& y, int64_t p,
                                              bool need_x, bool need_y, Pairing pairing);
 
 // The operators, as kdops/contrast/spec.py declares them.
 
-inline Tensor pairwise_distance(const Tensor& x, const Tensor& y, int64_t p) {
-  return distance(x, y, p, kPairwise);
+inline Tensor pairwise_distance(const Tensor& x, const std::optional<Tensor>& y, int64_t p) {
+  return distance(x, y.value_or(x), p, y ? kPairwise : kSymmetric);
 }
 
-inline std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad, const Tensor& x, const Tensor& y,
-                                                             int64_t p, bool need_x, bool need_y) {
-  return distance_backward(grad, x, y, p, need_x, need_y, kPairwise);
+inline std::tuple<Tensor, Tensor> pairwise_distance_backward(const Tensor& grad, const Tensor& x,
+                                                             const std::optional<Tensor>& y, int64_t p, bool need_x,
+                                                             bool need_y) {
+  return distance_backward(grad, x, y.value_or(x), p, need_x, need_y, y ? kPairwise : kSymmetric);
 }
 
 inline Tensor matched_distance(const Tensor& anchor, const Tensor& others, int64_t p) {

@@ -46,6 +46,8 @@ def contrast(everything: bool) -> Calls:
         yield lambda: ops.pairwise_distance(x, y, p)
         yield lambda: ops.pairwise_distance_backward(grad, x, y, p, True, True)
         yield lambda: ops.pairwise_distance_backward(grad, x, y, p, True, False)
+        if b == k:
+            yield lambda: ops.pairwise_distance(x, None, p)
 
     pairs = [(16, 16), (4, 4), (1, 1), (1, 16), (16, 4), (4, 16), (16, 1), (4, 1), (1, 4)]
     for b, k in pairs if everything else pairs[:5]:

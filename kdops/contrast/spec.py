@@ -19,19 +19,21 @@ NO_DOUBLE_BACKWARD = (
 )
 
 
-def _fake_distance(x: Tensor, y: Tensor, p: int) -> Tensor:
-    return x.new_empty((x.shape[0], y.shape[0]), dtype=accumulator(x))
+def _fake_distance(x: Tensor, y: Tensor | None, p: int) -> Tensor:
+    return x.new_empty((x.shape[0], (x if y is None else y).shape[0]), dtype=accumulator(x))
 
 
 def _fake_matched(anchor: Tensor, others: Tensor, p: int) -> Tensor:
     return anchor.new_empty(others.shape[:2], dtype=accumulator(anchor))
 
 
-def _fake_backward(grad: Tensor, a: Tensor, b: Tensor, p: int, need_a: bool, need_b: bool) -> tuple[Tensor, Tensor]:
-    return gradient_like(a, need_a), gradient_like(b, need_b)
+def _fake_backward(
+    grad: Tensor, a: Tensor, b: Tensor | None, p: int, need_a: bool, need_b: bool
+) -> tuple[Tensor, Tensor]:
+    return gradient_like(a, need_a), gradient_like(a if b is None else b, need_b)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor | None, int], output: Tensor) -> None:
     a, b, ctx.p = inputs
     ctx.save_for_backward(a, b)
 
@@ -39,20 +41,24 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor)
 def _backward(op: registration.Op) -> Callable[..., Any]:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         need_a, need_b = ctx.needs_input_grad[:2]
-        grad_a, grad_b = op(grad, *ctx.saved_tensors, ctx.p, need_a, need_b)
+        a, b = ctx.saved_tensors
+        if b is None:  # a distance of the rows of a to one another: each pair is in the table twice, with one gradient
+            grad = grad + grad.t()
+        grad_a, grad_b = op(grad, a, b, ctx.p, need_a, need_b)
         return grad_a if need_a else None, grad_b if need_b else None, None
 
     return backward
 
 
-for _name, _first, _second, _fake in (
-    ("pairwise_distance", "x", "y", _fake_distance),
-    ("matched_distance", "anchor", "others", _fake_matched),
+# Pairwise distances without y are those of x to itself: each pair is computed once, and `grad` of backward is the sum of both its places.
+for _name, _first, _second, _type, _fake in (
+    ("pairwise_distance", "x", "y", "Tensor?", _fake_distance),
+    ("matched_distance", "anchor", "others", "Tensor", _fake_matched),
 ):
-    registration.define(_name, f"(Tensor {_first}, Tensor {_second}, int p) -> Tensor", _fake, TRITON)
+    registration.define(_name, f"(Tensor {_first}, {_type} {_second}, int p) -> Tensor", _fake, TRITON)
     registration.define(
         f"{_name}_backward",
-        f"(Tensor grad, Tensor {_first}, Tensor {_second}, int p, bool need_{_first}, bool need_{_second}) -> (Tensor, Tensor)",
+        f"(Tensor grad, Tensor {_first}, {_type} {_second}, int p, bool need_{_first}, bool need_{_second}) -> (Tensor, Tensor)",
         _fake_backward,
         TRITON,
     )
@@ -62,14 +68,17 @@ for _name, _first, _second, _fake in (
 # --- costs -----------------------------------------------------------------------------------------------------------------------
 
 
-def _bytes(*tensors: Tensor, backward: bool = False, **kwargs: Any) -> int:
+def _bytes(*given: Tensor, backward: bool = False, **kwargs: Any) -> int:
     # Forward reads every input once; backward reads them again and writes the gradients that are asked for.
+    tensors = given[:1] if given[-1] is given[0] else given
     wanted = [t for t in tensors if t.requires_grad]
     return size(*tensors) + backward * (size(*tensors) + size(*wanted))
 
 
 def _pair_flops(a: Tensor, b: Tensor, backward: bool) -> int:
     pairs = b.numel() if b.ndim > a.ndim else b.shape[0] * a.numel()  # (B, K, *F) in number
+    if b is a:
+        pairs = (pairs + a.numel()) // 2
     # Forward: subtract, accumulate |.| (the sign is free). Backward: subtract, then select the weighted sign and accumulate, per gradient.
     return pairs * (2 + backward * (1 + 2 * (a.requires_grad + b.requires_grad)))
 
@@ -91,6 +100,14 @@ def _scratch_bytes(anchor: Tensor, *others: Tensor, backward: bool = False, **kw
 Distance = Callable[[Tensor, Tensor, int], Tensor]
 
 
+def _pairwise(op: registration.Op) -> Distance:
+    def distance(x: Tensor, y: Tensor, p: int) -> Tensor:
+        result: Tensor = op(x, None if y is x else y, p)
+        return result
+
+    return distance
+
+
 def _shared_or_own(pairwise: Distance, matched: Distance) -> Distance:
     """One distance for both kinds of negatives: others of one more axis than the anchor are the anchor's own."""
 
@@ -102,12 +119,12 @@ def _shared_or_own(pairwise: Distance, matched: Distance) -> Distance:
 
 DISTANCES: dict[str, dict[str, Distance]] = {
     function: {
-        "cpu": registration.op(function),
-        "cuda": registration.op(function),
-        "triton": registration.op(function, "_triton"),
+        "cpu": given(registration.op(function)),
+        "cuda": given(registration.op(function)),
+        "triton": given(registration.op(function, "_triton")),
         "reference": getattr(reference, function),
     }
-    for function in ("pairwise_distance", "matched_distance")
+    for function, given in (("pairwise_distance", _pairwise), ("matched_distance", lambda op: op))
 }
 DISTANCES["contrastive_ratio"] = {
     backend: _shared_or_own(DISTANCES["pairwise_distance"][backend], DISTANCES["matched_distance"][backend])

@@ -17,6 +17,7 @@ from .. import tiles
 from ..layout import flat_rows, gradient_rows, settle
 
 MAX_ROWS = 16  # rows of one operand that a program holds on chip at once
+SYMMETRIC_ROWS = 8  # where x is y: smaller blocks, of which fewer pairs lie on the diagonal
 MAX_STEPS = 256  # tiles that one sum adds up, which bounds the rounding error of very long rows
 WARPS_PER_MULTIPROCESSOR = 24  # of the distances kernel, whose 80 registers a thread leave room for no more
 
@@ -38,17 +39,27 @@ def _distances(
     ROWS_X: tl.constexpr,
     ROWS_Y: tl.constexpr,
     FEATURES: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
 ):
     """One program: ROWS_X x ROWS_Y pairs over one chunk of the features, which is `steps` tiles of FEATURES.
 
-    The sum over features stays spread over the threads until the chunk is done, then is formed once.
+    SYMMETRIC: x and y are one, each pair of blocks is visited once (on the diagonal, one beside it, and so on, around the end), and
+    its sums are written to both of their places. The sum over features stays spread over the threads until the chunk is done, then is formed once.
     """
     program = tl.program_id(0).to(tl.int64)  # pairs vary fastest: programs that run together read the same features
     blocks_x = tl.cdiv(B, ROWS_X)
     blocks_y = tl.cdiv(K, ROWS_Y)
-    i = program // blocks_y % blocks_x * ROWS_X + tl.arange(0, ROWS_X)
-    k = program % blocks_y * ROWS_Y + tl.arange(0, ROWS_Y)
-    part = program // (blocks_x * blocks_y)  # counts the chunks of all groups
+    if SYMMETRIC:
+        blocks = blocks_x * (blocks_x + 1) // 2
+        block_x = program % blocks % blocks_x
+        block_y = (block_x + program % blocks // blocks_x) % blocks_x
+    else:
+        blocks = blocks_x * blocks_y
+        block_x = program % blocks // blocks_y
+        block_y = program % blocks_y
+    i = block_x * ROWS_X + tl.arange(0, ROWS_X)
+    k = block_y * ROWS_Y + tl.arange(0, ROWS_Y)
+    part = program // blocks  # counts the chunks of all groups
     group = part // chunks
     x_rows = x + (group * B + i)[:, None] * F
     y_rows = y + (group * K + k)[:, None] * F
@@ -59,13 +70,16 @@ def _distances(
         b = tiles.load(y_rows + f, (k < K)[:, None] & (f < F))
         difference = a[:, None, :] - b[None, :, :]
         sums += tl.abs(difference) if P == 1 else difference * difference
-    out = partial + (part * B + i)[:, None] * K + k[None, :]
-    tiles.store(out, tl.sum(sums, 2), (i < B)[:, None] & (k < K)[None, :])
+    inside = (i < B)[:, None] & (k < K)[None, :]
+    tiles.store(partial + (part * B + i)[:, None] * K + k[None, :], tl.sum(sums, 2), inside)
+    if SYMMETRIC and block_x != block_y:
+        tiles.store(partial + part * B * K + k[None, :] * K + i[:, None], tl.sum(sums, 2), inside)
 
 
-def pairwise_distance(x: Tensor, y: Tensor, p: int) -> Tensor:
-    """x (B, *F), y (K, *F) -> (B, K) float32."""
-    return _distance(x, y, (1, x.shape[0], y.shape[0]), p).squeeze(0)
+def pairwise_distance(x: Tensor, y: Tensor | None, p: int) -> Tensor:
+    """x (B, *F), y (K, *F) -> (B, K) float32; without y, of x to itself."""
+    other = x if y is None else y
+    return _distance(x, other, (1, x.shape[0], other.shape[0]), p, symmetric=y is None).squeeze(0)
 
 
 def matched_distance(anchor: Tensor, others: Tensor, p: int) -> Tensor:
@@ -73,25 +87,26 @@ def matched_distance(anchor: Tensor, others: Tensor, p: int) -> Tensor:
     return _distance(anchor, others, (others.shape[0], 1, others.shape[1]), p).squeeze(1)
 
 
-def _distance(x: Tensor, y: Tensor, sizes: tuple[int, int, int], p: int) -> Tensor:
+def _distance(x: Tensor, y: Tensor, sizes: tuple[int, int, int], p: int, symmetric: bool = False) -> Tensor:
     """(G, B, K) float32: partial sums over chunks of the features, then their sum in a fixed order."""
     g, b, k = sizes
     x, y = _flat(x, y)
     f = x.shape[1]
     if 0 in (*sizes, f):
         return x.new_zeros(sizes, dtype=torch.float32)
-    rows_x, rows_y = _row_block(b), _row_block(k)
+    rows_x, rows_y = [min(_row_block(rows), SYMMETRIC_ROWS) if symmetric else _row_block(rows) for rows in (b, k)]
     # 32 features for 16 x 16 pairs to 512 for one: as many sums as the registers hold, and consecutive features in a warp.
     features = max(32, min(512, 2048 // (rows_x * rows_y)))
     warps = 8 if rows_x * rows_y == MAX_ROWS**2 else 4
-    blocks = g * triton.cdiv(b, rows_x) * triton.cdiv(k, rows_y)
+    blocks_x, blocks_y = triton.cdiv(b, rows_x), triton.cdiv(k, rows_y)
+    blocks = blocks_x * (blocks_x + 1) // 2 if symmetric else g * blocks_x * blocks_y
     all_steps = triton.cdiv(f, features)
     programs = tiles.multiprocessors(x.device) * WARPS_PER_MULTIPROCESSOR // warps
     steps = min(MAX_STEPS, triton.cdiv(all_steps * blocks, programs))
     chunks = triton.cdiv(all_steps, steps)
     partial = x.new_empty((g, chunks, b, k), dtype=torch.float32)
     _distances[(blocks * chunks,)](
-        x, y, partial, b, k, f, steps, chunks, p, rows_x, rows_y, features, num_warps=warps, **tiles.OPTIONS
+        x, y, partial, b, k, f, steps, chunks, p, rows_x, rows_y, features, symmetric, num_warps=warps, **tiles.OPTIONS
     )
     return partial.sum(dim=1)
 
@@ -162,10 +177,10 @@ class _Operand(NamedTuple):
 
 
 def pairwise_distance_backward(
-    grad: Tensor, x: Tensor, y: Tensor, p: int, need_x: bool, need_y: bool
+    grad: Tensor, x: Tensor, y: Tensor | None, p: int, need_x: bool, need_y: bool
 ) -> tuple[Tensor, Tensor]:
-    """grad (B, K), x (B, *F), y (K, *F) -> the gradients of x and y, (0,) where one is not needed."""
-    return _backward(grad.unsqueeze(0), x, y, p, need_x, need_y)
+    """grad (B, K), x (B, *F), y (K, *F) -> the gradients of x and y, (0,) where one is not needed; without y, that of x alone."""
+    return _backward(grad.unsqueeze(0), x, x if y is None else y, p, need_x, need_y)
 
 
 def matched_distance_backward(
