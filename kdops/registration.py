@@ -114,7 +114,7 @@ def _over_flat_tensors(overload: Op, setup_context: Callable[..., None], backwar
     def call(*arguments: Any) -> Any:
         tensors = [t for a in arguments if isinstance(a, list) for t in a if isinstance(t, Tensor)]
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-            return Flat.apply(arguments, *tensors)
+            return Flat.apply(arguments, *tensors)  # type: ignore[no-untyped-call]
         return below(*arguments)
 
     return call

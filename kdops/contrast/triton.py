@@ -44,7 +44,8 @@ def _distances(
     """One program: ROWS_X x ROWS_Y pairs over one chunk of the features, which is `steps` tiles of FEATURES.
 
     SYMMETRIC: x and y are one, each pair of blocks is visited once (on the diagonal, one beside it, and so on, around the end), and
-    its sums are written to both of their places. The sum over features stays spread over the threads until the chunk is done, then is formed once.
+    its sums are written to both of their places. The sum over features stays spread over the threads until the chunk is done, then is
+    formed once.
     """
     program = tl.program_id(0).to(tl.int64)  # pairs vary fastest: programs that run together read the same features
     blocks_x = tl.cdiv(B, ROWS_X)

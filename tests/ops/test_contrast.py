@@ -78,12 +78,44 @@ def test_gradient_at_ties_is_zero(backend: str) -> None:
 
 
 @every_backend
-def test_the_same_tensor_twice(backend: str) -> None:
-    """Both gradients flow into the one tensor, as in the reference."""
-    x = drawn(5, 3, 4).requires_grad_()
-    mine = torch.autograd.grad(kdops.pairwise_distance(x, x, p=2, backend=backend).square().sum(), x)[0]
-    eager = torch.autograd.grad(kdops.pairwise_distance(x, x, p=2, backend="reference").square().sum(), x)[0]
+@pytest.mark.parametrize("b", [0, 1, 3, 4, 5, 9, 64, 70])
+@pytest.mark.parametrize("p", [1, 2])
+def test_the_same_tensor_twice(backend: str, b: int, p: int) -> None:
+    """A table with one value for both places of a pair, and both gradients in the one tensor, as in the reference."""
+    x = drawn(b, 3, 4).requires_grad_()
+    upstream = drawn(b, b, seed=1)
+    mine = kdops.pairwise_distance(x, x, p=p, backend=backend)
+    eager = kdops.pairwise_distance(x, x, p=p, backend="reference")
     torch.testing.assert_close(mine, eager)
+    assert torch.equal(mine, mine.t())
+    torch.testing.assert_close(
+        torch.autograd.grad(mine, x, upstream)[0], torch.autograd.grad(eager, x, upstream)[0], rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "reference"])
+def test_the_same_tensor_twice_is_one_to_the_operators(backend: str) -> None:
+    """They see that there is no second tensor, and return no second gradient."""
+    x = drawn(5, 8, dtype=torch.float32).requires_grad_()
+    with RecordOps() as ops:
+        kdops.pairwise_distance(x, x, backend=backend).sum().backward()
+    (_, forward, _), (_, backward, grads) = ops.calls
+    assert forward[1] is backward[2] is None
+    assert [g.numel() for g in grads] == [40, 0]
+
+
+@every_backend
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("p", [1, 2])
+def test_the_same_tensor_twice_with_nan_and_inf(backend: str, value: float, p: int) -> None:
+    x = drawn(6, 5, dtype=torch.float32)
+    x[2, 1] = value
+    x.requires_grad_()
+    mine = kdops.pairwise_distance(x, x, p=p, backend=backend)
+    eager = kdops.pairwise_distance(x, x, p=p, backend="reference")
+    torch.testing.assert_close(mine, eager, equal_nan=True)
+    grads = [torch.autograd.grad(d.sum(), x)[0] for d in (mine, eager)]
+    torch.testing.assert_close(*grads, equal_nan=True, rtol=1e-4, atol=1e-4)
 
 
 @every_backend

@@ -82,6 +82,22 @@ def test_more_rows_than_a_program_holds(b: int, k: int) -> None:
     check(PAIRWISE, *draw(PAIRWISE, b, k, (37,), torch.float32), 1)
 
 
+@pytest.mark.parametrize("b", [1, 3, 8, 9, 16, 17, 25])
+@pytest.mark.parametrize("p", [1, 2])
+def test_rows_to_one_another(b: int, p: int) -> None:
+    """Each pair of blocks once, and the sums in both of their places: odd and even numbers of blocks, and remainders."""
+    x, _, grad = draw(PAIRWISE, b, b, (3, 13), torch.float32)
+    distance, *_ = exact(PAIRWISE, x, x.clone(), grad, p)
+    found = kernels.pairwise_distance(x, None, p)
+    torch.testing.assert_close(found.double(), distance, rtol=4 * EPS[torch.float32], atol=0)
+    assert torch.equal(found, found.t())
+    both = grad + grad.t()
+    mine, nothing = kernels.pairwise_distance_backward(both, x, None, p, True, False)
+    assert nothing.shape == (0,)
+    expected = exact(PAIRWISE, x, x.clone(), both, p)[1]  # one side, of twice the weights
+    torch.testing.assert_close(mine.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max() + 1))
+
+
 def test_more_steps_than_one_sum_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "MAX_STEPS", 2)
     check(PAIRWISE, *draw(PAIRWISE, 3, 2, (3001,), torch.float32), 2)
