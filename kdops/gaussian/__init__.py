@@ -95,7 +95,7 @@ def _check(x: Sequence[Tensor], y: Sequence[Tensor], statistic: str, reduction: 
                 f"{OP}: x {checks.describe(a)} and y {checks.describe(b)} (tap {t}), but they must be (B, *F) of one shape, "
                 f"with B = {x[0].shape[0] if x[0].ndim else 'the batch size'} for every tap."
             )
-        if statistic == "mean" and a.shape[1:].numel() == 0:
+        if statistic == "mean" and a.numel() == 0 == a.shape[1:].numel():
             raise ValueError(
                 f"{OP}: the samples have no features {tuple(a.shape[1:])}, so they have no mean: use statistic='sum'."
             )
