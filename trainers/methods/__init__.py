@@ -17,6 +17,7 @@ from trainers.methods.fitnet import FitNet, FitNetOptions
 from trainers.methods.output import Output, OutputOptions
 from trainers.methods.rkd import RKD, RKDOptions
 from trainers.methods.scratch import Scratch, ScratchOptions
+from trainers.methods.skd import SKD, SKDOptions
 
 __all__ = [
     "METHODS",
@@ -41,6 +42,7 @@ AnyMethodOptions = Annotated[
     | CSDOptions
     | DUKDOptions
     | FACDOptions
+    | SKDOptions
     | DCKDOptions,
     Field(discriminator="name"),
 ]
@@ -55,6 +57,7 @@ METHODS: dict[str, tuple[type[MethodOptions], Any]] = {
     "csd": (CSDOptions, CSD),
     "dukd": (DUKDOptions, DUKD),
     "facd": (FACDOptions, FACD),
+    "skd": (SKDOptions, SKD),
     "dckd": (DCKDOptions, DCKD),
 }
 
