@@ -9,7 +9,7 @@ import torch
 
 from trainers import networks
 from trainers.architectures import Network
-from trainers.config import Config
+from trainers.config import Config, stages
 from trainers.config_file import read_config
 from trainers.errors import InputError
 from trainers.slicing import build_student
@@ -24,7 +24,8 @@ def check(path: Path, overrides: Sequence[str] = ()) -> tuple[list[str], list[st
     problems = list(reading.problems)
     config = reading.config
     if config is not None:
-        problems += [f"data.train: {text}" for text in train_problems(config.data, config.scale, config.data.patch)]
+        largest = max(stage.data.patch for _, stage in stages(config))
+        problems += [f"data.train: {text}" for text in train_problems(config.data, config.scale, largest)]
         for entry in config.data.val:
             problems += [f"data.val {entry.name}: {text}" for text in val_problems(entry, config.scale)]
         problems += network_problems(config)

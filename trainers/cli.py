@@ -52,11 +52,13 @@ def _say(text: str) -> None:
 def exit_code(error: Exception) -> tuple[int, str] | None:
     """(exit code, message) of a failure that is no bug."""
     from trainers.checkpoint import SaveFailed
-    from trainers.errors import Diverged, InputError
+    from trainers.errors import Diverged, InputError, OutOfMemory, out_of_memory
     from trainers.signals import Interrupted
 
     if isinstance(error, InputError):
         return 2, "\n".join(error.problems)
+    if isinstance(error, OutOfMemory):
+        return 3, str(error)
     if isinstance(error, Diverged):
         return 4, str(error)
     if isinstance(error, Interrupted):
@@ -68,16 +70,6 @@ def exit_code(error: Exception) -> tuple[int, str] | None:
     if out_of_memory(error):
         return 3, f"{OUT_OF_MEMORY_ADVICE}\n({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return None
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: on a GPU torch has a type for it, on a CPU only a text."""
-    import torch
-
-    texts = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
-    )
 
 
 def parser() -> argparse.ArgumentParser:

@@ -56,6 +56,19 @@ TrainImages = Annotated[
 ]
 
 
+class PatchStage(Section):
+    """From some step on, patches of another size."""
+
+    step: int = Field(ge=1)
+    """First step with these patches, counted from 0."""
+    patch: int = Field(ge=1)
+    """Side of a training patch in pixels of the ground truth."""
+    batch: int | None = Field(default=None, ge=1)
+    """Effective batch size; null keeps data.batch."""
+    accumulate: int | None = Field(default=None, ge=1)
+    """Micro-batches per step; null keeps train.accumulate."""
+
+
 class Data(Section):
     """Images."""
 
@@ -71,6 +84,8 @@ class Data(Section):
     """Side of a training patch in pixels of the ground truth."""
     batch: int = Field(default=16, ge=1)
     """Effective batch size: samples per optimiser step, over all micro-batches and devices."""
+    schedule: list[PatchStage] = Field(default=[])
+    """Progressive patches: later stages of the training with patches and batches of other sizes, in the order of their steps."""
     workers: int = Field(default=0, ge=0)
     """Processes that load images; the batches do not depend on it."""
 
@@ -186,8 +201,33 @@ class Config(Section):
         return given | filled
 
 
+def stages(config: Config) -> list[tuple[int, Config]]:
+    """(first step, config with its patch, batch and micro-batches) of each stage of the patch schedule; the first is the config."""
+    found = [(0, config)]
+    for stage in config.data.schedule:
+        data = {"patch": stage.patch, "batch": stage.batch or config.data.batch}
+        train = {"accumulate": stage.accumulate or config.train.accumulate}
+        update = {"data": config.data.model_copy(update=data), "train": config.train.model_copy(update=train)}
+        found.append((stage.step, config.model_copy(update=update)))
+    return found
+
+
 def contradictions(config: Config) -> list[tuple[str, str]]:
-    """What fits no field alone: (dotted key, what is wrong and what to do)."""
+    """What fits no field alone, in any stage of the patch schedule: (dotted key, what is wrong and what to do)."""
+    first, *later = (contradictions_at(stage) for _, stage in stages(config))
+    found = list(first)
+    for index, wrong in enumerate(later):
+        found += [(f"data.schedule.{index}", f"{key}: {text}") for key, text in wrong if (key, text) not in first]
+    steps = [step for step, _ in stages(config)]
+    if steps != sorted(set(steps)) or steps[-1] >= config.train.steps:
+        found.append(
+            ("data.schedule", f"its steps {steps[1:]} must grow and stay below train.steps, {config.train.steps}")
+        )
+    return found
+
+
+def contradictions_at(config: Config) -> list[tuple[str, str]]:
+    """The same of one stage."""
     found = []
     method, data, train = config.method, config.data, config.train
     if method.needs_teacher and config.teacher is None:

@@ -1,8 +1,10 @@
-"""The two ways a run may end that are not bugs: bad input (exit code 2) and divergence (exit code 4)."""
+"""The ways a run may end that are not bugs: bad input (exit code 2), lack of memory (3) and divergence (4)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+
+import torch
 
 
 class InputError(Exception):
@@ -18,3 +20,15 @@ class InputError(Exception):
 
 class Diverged(Exception):
     """A loss became NaN or infinite. `kdtrain` exits with code 4; the message names the first such term."""
+
+
+class OutOfMemory(Exception):
+    """A step does not fit, whatever is tried. `kdtrain` exits with code 3; the message names what takes most."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on a GPU torch has a type for it, on a CPU only a text."""
+    texts = ("not enough memory", "can't allocate memory", "Cannot allocate memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )

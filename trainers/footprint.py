@@ -125,6 +125,16 @@ class StepCosts:
     seconds: float
     """Of the whole step."""
 
+    def parts(self) -> dict[str, Cost]:
+        """Name -> cost of every network and loss term, in the order of a step."""
+        teachers = {name if name == "teacher" else f"teacher {name}": cost for name, cost in self.teachers.items()}
+        return {"student": self.student, **teachers, **{f"loss {name}": cost for name, cost in self.terms.items()}}
+
+    def largest(self) -> str:
+        """What takes most: "most is taken by loss spatial, 33.0 GiB"."""
+        name, cost = max(self.parts().items(), key=lambda part: part[1].peak)
+        return f"most is taken by {name}, {cost.peak / 2**30:.1f} GiB"
+
     @property
     def optimizer(self) -> int:
         """Adam's two moments of every trained weight."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trainers import methods, networks
 from trainers.architectures import Network
-from trainers.config import Config, Train
+from trainers.config import Config, Train, stages
 from trainers.config_file import changes, load_config
 from trainers.data.sets import TrainSet, open_train_set
 from trainers.errors import InputError
@@ -61,12 +61,13 @@ def resume(path: Path, overrides: Sequence[str] = (), console: Console | None = 
 def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console, *, resuming: bool) -> Path:
     fabric = make_fabric(config.train)
     fabric.launch()
-    share = fabric.world_size * config.train.accumulate
-    if config.data.batch % share:
-        raise InputError(
-            f"data.batch: {config.data.batch} does not divide into {fabric.world_size} devices x "
-            f"{config.train.accumulate} micro-batches: make it a multiple of {share}"
-        )
+    for _, stage in stages(config):
+        share = fabric.world_size * stage.train.accumulate
+        if stage.data.batch % share:
+            raise InputError(
+                f"data.batch: {stage.data.batch} does not divide into {fabric.world_size} devices x "
+                f"{stage.train.accumulate} micro-batches: make it a multiple of {share}"
+            )
     if config.method.indivisible and fabric.world_size > 1:
         raise InputError(
             f"train.devices: {fabric.world_size}, but method {config.method.name} runs on one: {config.method.indivisible}"
@@ -116,12 +117,12 @@ def build_loop(fabric: Fabric, config: Config, folder: RunFolder, *, resuming: b
     seed_everything(config.train.seed)
     # The student comes first: methods to be compared start from the same weights.
     student = build_student(config)
-    train_set = open_train_set(config.data, config.scale, config.data.patch)
-    train_step = build_step(config, student, train_set, fabric.device, calibrate=not resuming)
+    train_sets = [open_train_set(stage.data, stage.scale, stage.data.patch) for _, stage in stages(config)]
+    train_step = build_step(config, student, train_sets[0], fabric.device, calibrate=not resuming)
     optimizer = make_optimizer(config.train, train_step)
     model, wrapped_optimizer = fabric.setup(train_step, optimizer)
     validation = Validation(config, fabric.device)
-    loop = Loop(fabric, config, train_step, model, wrapped_optimizer, train_set, validation, folder)
+    loop = Loop(fabric, config, train_step, model, wrapped_optimizer, train_sets, validation, folder)
     if resuming:
         loop.restore()
     return loop

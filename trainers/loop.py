@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainers.checkpoint import SaveFailed, read_checkpoint
-from trainers.config import Config
+from trainers.config import Config, stages
 from trainers.data.loader import batches
 from trainers.data.sets import TrainSet
 from trainers.ema import EMA
-from trainers.errors import Diverged, InputError
+from trainers.errors import Diverged, InputError, out_of_memory
 from trainers.loss_weights import LossWeights, gradient_norms, weighted_sum
-from trainers.methods import Batch, Features
+from trainers.micro_batches import MicroBatches, stage_at
 from trainers.networks import any_size
 from trainers.progress import TrainingProgress
 from trainers.randomness import random_state, restore_random_state
@@ -71,7 +71,7 @@ class Loop:
         train_step: TrainStep,
         model: _FabricModule,
         optimizer: Optimizer,
-        train_set: TrainSet,
+        train_sets: Sequence[TrainSet],
         validation: Validation,
         folder: RunFolder,
     ) -> None:
@@ -80,15 +80,15 @@ class Loop:
         self.train_step = train_step
         self.model = model
         self.optimizer = optimizer
-        self.train_set = train_set
+        self.stages = stages(config)
+        self.train_sets = train_sets  # one for each stage
         self.validation = validation
         self.folder = folder
         self.checkpoints = folder.checkpoints(config.train.keep)
         self.weights = LossWeights(config.method.weights)
         self.ema = None if config.train.ema is None else EMA(train_step.student, config.train.ema)
         self.position = Position()
-        self.rows = config.data.batch // fabric.world_size  # of the effective batch, on this device
-        self.first_row = fabric.global_rank * self.rows
+        self.micro_batches = MicroBatches(fabric, self.stages, train_step)
 
     @property
     def result(self) -> nn.Module:
@@ -109,7 +109,7 @@ class Loop:
                 started = time.perf_counter()
                 lq, gt = next(data)
                 window.waited += time.perf_counter() - started
-                window.losses.append(self._step(lq, gt))
+                window.losses.append(self._step(lq, gt, progress))
                 self.position.step += 1
                 if self.fabric.device.type == "cpu" and self.fabric.world_size == 1:
                     self._check_finite(window.losses[-1:])  # costs nothing here; elsewhere it would wait for the device
@@ -138,12 +138,36 @@ class Loop:
             self.save(best=improved)
         return window
 
-    def _step(self, lq: Tensor, gt: Tensor) -> Tensor:
+    def _step(self, lq: Tensor, gt: Tensor, progress: TrainingProgress) -> Tensor:
+        """One optimiser step; where memory runs out, the same step again in smaller micro-batches.
+
+        Raises:
+            OutOfMemory: a single sample does not fit.
+        """
+        while True:
+            before = random_state(self.fabric.device)
+            try:
+                return self._attempt(lq, gt)
+            except Exception as error:
+                # On several devices the others wait within this step for this one's gradients: it cannot be repeated alone.
+                if self.fabric.world_size > 1 or not out_of_memory(error):
+                    raise
+            # Not within the handler: the error holds the frames, and they hold the tensors of the failed step.
+            self.optimizer.zero_grad(set_to_none=True)
+            self.micro_batches.shrink(self.position.step)
+            restore_random_state(before, self.fabric.device)
+            size = self.micro_batches.size(self.position.step)
+            progress.say(
+                f"step {self.position.step + 1}: out of memory; micro-batches of {size} from here on, the same batch"
+            )
+            self._write({"kind": "memory", "step": self.position.step, "micro_batch": size})
+
+    def _attempt(self, lq: Tensor, gt: Tensor) -> Tensor:
         """One optimiser step on this device's rows; the unweighted losses (terms,), means over its samples."""
         step, train = self.position.step, self.config.train
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, step)
-        parts = self._micro_batches(lq, gt)
+        parts = self.micro_batches.split(lq, gt, step)
         if self.weights.measured_terms and step % train.share_every == 0:
             self.weights.update(gradient_norms(self.fabric, self.train_step, parts))
         weights, seen = self.weights.at(step), []
@@ -161,52 +185,19 @@ class Loop:
         self.train_step.method.after_step(step + 1, self.result)
         return seen[0] if len(seen) == 1 else torch.stack(seen).mean(dim=0)
 
-    def _micro_batches(self, lq: Tensor, gt: Tensor) -> list[Batch]:
-        lq, gt = self.fabric.to_device((lq, gt))
-        if self.config.train.channels_last:
-            lq, gt = (image.contiguous(memory_format=torch.channels_last) for image in (lq, gt))
-        size, key = self.rows // self.config.train.accumulate, (self.config.train.seed, self.position.step)
-        rows = [slice(self.first_row + i, self.first_row + i + size) for i in range(0, self.rows, size)]
-        parts = zip(lq.split(size), gt.split(size), rows, strict=True)
-        batches = [Batch(part, truth, place, key=key) for part, truth, place in parts]
-        if self.train_step.method.requirements().batch_coupled:
-            shared = self._shared(batches)
-            for batch in batches:
-                batch.shared = shared
-        return batches
-
-    @torch.no_grad()
-    def _shared(self, batches: Sequence[Batch]) -> dict[str, tuple[Tensor, Features]]:
-        """What the method shares of each sample, for the whole effective batch: this device's rows, then everybody's."""
-        with self.fabric.autocast():
-            found = [self.train_step.method.share(batch, self.train_step.teachers) for batch in batches]
-        shared = {}
-        for name, (_, features) in found[0].items():
-            outputs = self._gather([part[name][0] for part in found])
-            shared[name] = (outputs, {tap: self._gather([part[name][1][tap] for part in found]) for tap in features})
-        return shared
-
-    def _gather(self, parts: Sequence[Tensor]) -> Tensor:
-        """Rows of this device -> rows of all devices, in order."""
-        rows = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-        if self.fabric.world_size == 1:
-            return rows
-        rows = rows.contiguous()
-        everyones = [torch.empty_like(rows) for _ in range(self.fabric.world_size)]
-        torch.distributed.all_gather(everyones, rows)
-        gathered = torch.cat(everyones)
-        return gathered.contiguous(memory_format=torch.channels_last) if self.config.train.channels_last else gathered
-
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        made = batches(
-            self.train_set,
-            seed=self.config.train.seed,
-            start_step=self.position.step,
-            stop_step=self.config.train.steps,
-            rows=range(self.first_row, self.first_row + self.rows),
-            workers=self.config.data.workers,
-        )
-        return ((lq, gt) for _, lq, gt in made)
+        """Inputs and ground truths of this device's rows, step by step, through the stages of the patch schedule."""
+        starts = [first for first, _ in self.stages] + [self.config.train.steps]
+        for index, train_set in enumerate(self.train_sets):
+            made = batches(
+                train_set,
+                seed=self.config.train.seed,
+                start_step=max(self.position.step, starts[index]),
+                stop_step=starts[index + 1],
+                rows=self.micro_batches.rows(starts[index]),
+                workers=self.config.data.workers,
+            )
+            yield from ((lq, gt) for _, lq, gt in made)
 
     def _log(self, window: Window, progress: TrainingProgress) -> None:
         self._check_finite(window.losses)
@@ -263,10 +254,8 @@ class Loop:
         batch_file = self.folder.path / f"diverged-step-{step:06d}.pt"
         if self.fabric.is_global_zero:
             # A batch is a function of (seed, step), so it need not be kept around: it is made again.
-            samples = [
-                self.train_set.sample(self.config.train.seed, step - 1, i) for i in range(self.config.data.batch)
-            ]
-            lq, gt = (torch.stack(images) for images in zip(*samples, strict=True))
+            index, stage = stage_at(self.stages, step - 1)
+            lq, gt = self.train_sets[index].samples(self.config.train.seed, step - 1, range(stage.data.batch))
             torch.save({"step": step, "losses": named, "lq": lq, "gt": gt}, batch_file)
         raise Diverged(
             f"the loss term {term} became {named[term]} in step {step}; its batch is in {batch_file}. "

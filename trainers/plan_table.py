@@ -12,7 +12,6 @@ from rich.table import Table
 
 from trainers.config import Config
 from trainers.errors import InputError
-from trainers.footprint import Cost
 from trainers.plan import BACKENDS, Planned, Planner, Point, free_memory, parse_bytes, patch_problems
 
 MIB, GIB = 2**20, 2**30
@@ -58,12 +57,6 @@ def _patches(config: Config, text: str | None) -> list[int]:
     return patches
 
 
-def parts(plan: Planned) -> dict[str, Cost]:
-    """Name -> cost of every network and loss term, in the order of a step."""
-    teachers = {f"teacher {name}" if name != "teacher" else name: cost for name, cost in plan.costs.teachers.items()}
-    return {"student": plan.costs.student, **teachers, **{f"loss {name}": c for name, c in plan.costs.terms.items()}}
-
-
 def _table(planned: Sequence[Planned]) -> Table:
     point = planned[0].point
     table = Table(
@@ -74,10 +67,10 @@ def _table(planned: Sequence[Planned]) -> Table:
         how = "measured" if plan.measured else "simulated"
         table.add_column(f"{plan.point.backend}\nMiB ({how})", justify="right")
         table.add_column(f"{plan.point.backend}\nms" + ("" if plan.measured else " (not run)"), justify="right")
-    for name in parts(planned[0]):
+    for name in planned[0].costs.parts():
         cells = []
         for plan in planned:
-            cost = parts(plan)[name]
+            cost = plan.costs.parts()[name]
             cells += [f"{cost.peak / MIB:,.1f}", f"{cost.seconds * 1e3:,.1f}" if plan.measured else ""]
         table.add_row(name, *cells)
     rows: dict[str, Callable[[Planned], int]] = {
@@ -95,19 +88,13 @@ def _table(planned: Sequence[Planned]) -> Table:
     return table
 
 
-def largest(plan: Planned) -> str:
-    """The part that takes most: "loss spatial, 33.0 GiB"."""
-    name, cost = max(parts(plan).items(), key=lambda part: part[1].peak)
-    return f"{name}, {cost.peak / GIB:.1f} GiB"
-
-
 def verdict(plan: Planned, memory: int) -> str:
     """Whether a plan fits, with its number."""
     how = "measured" if plan.measured else "simulated"
     needs = f"{plan.point.backend}: {plan.peak / GIB:.2f} GiB ({how})"
     if plan.peak <= memory:
         return f"{needs} fits in {memory / GIB:.2f} GiB"
-    return f"{needs} is refused: above {memory / GIB:.2f} GiB; most is taken by {largest(plan)}"
+    return f"{needs} is refused: above {memory / GIB:.2f} GiB; {plan.costs.largest()}"
 
 
 def _proposed(proposal: tuple[Planned, list[str]] | None, memory: int) -> str:
