@@ -82,7 +82,7 @@ def test_resumes_exactly(tmp_path: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DISTILLING)
 def test_killed_and_resumed_is_bit_equal(tmp_path: Path, name: str) -> None:
-    path = config(tmp_path, name, steps=20, save_every=8, log_every=5, accumulate=1 if name == "rkd" else 2)
+    path = config(tmp_path, name, steps=20, save_every=8, log_every=4, accumulate=1 if name == "rkd" else 2)
     runs = tmp_path / "runs"
     assert main(["train", str(path)]) == 0
     killed = run_killed(13, "SIGKILL", "train", str(path), "--set", "name=killed")
