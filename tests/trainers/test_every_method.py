@@ -16,7 +16,7 @@ from tests.trainers.tiny import assert_same_state, last_state, metrics, tiny, wr
 from trainers.cli import main
 from trainers.config_file import load_config
 from trainers.launch import build_loop
-from trainers.methods import METHODS
+from trainers.methods import METHODS, Batch
 from trainers.models import find
 from trainers.run_folder import RunFolder
 from trainers.step import TrainStep
@@ -53,8 +53,9 @@ def test_gradients_reach_the_student_and_its_adapters_and_no_teacher(tmp_path: P
     with torch.no_grad():  # a NAFNet starts with branches multiplied by 0
         for parameter in step.student.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    lq, gt = next(loop._batches())
-    (batch,) = loop._micro_batches(lq, gt)
+    batch = Batch(torch.rand(4, 3, 16 // loaded.scale, 16 // loaded.scale), torch.rand(4, 3, 16, 16))
+    with torch.no_grad():
+        batch.shared = step.method.share(batch, step.teachers)
     losses = step(batch)
     assert tuple(losses) == step.method.losses
     torch.stack(list(losses.values())).sum().backward()
