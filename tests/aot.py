@@ -99,7 +99,24 @@ def gaussian(everything: bool) -> Calls:
             yield from calls(16, (147456,) * taps, dtype, [1.0] * taps)
 
 
+def codebook(everything: bool) -> Calls:
+    from kdops.codebook import triton as ops
+
+    def calls(d: int, dtype: torch.dtype) -> Calls:
+        """Forward with the slopes of both networks, and the gradient of the codebook."""
+        x, codes, count = empty(4, d, 32, 32, dtype=dtype), empty(1024, d, dtype=dtype), 4096
+        statistics, none, grad = empty(5, count), empty(0), empty(count)
+        yield lambda: ops.codebook_cross_entropy(x, x, codes, 1.0, True, True)
+        yield lambda: ops.codebook_cross_entropy_backward(
+            grad, x, x, codes, statistics, none, none, 1.0, False, False, True
+        )
+
+    for d in (48, 64, 128, 180, 256, 512) if everything else (180,):
+        yield from calls(d, torch.bfloat16)
+
+
 OPS: dict[str, Callable[[bool], Calls]] = {
+    "codebook": codebook,
     "contrast": contrast,
     "gaussian": gaussian,
     "spatial_attention": spatial_attention,

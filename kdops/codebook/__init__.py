@@ -37,7 +37,7 @@ def codebook_cross_entropy(
         codebook: (K, D), same dtype and device. Under autocast dtypes may differ and the distance runs in float32.
         temperature: divides the squared distances, in their unit; above 0.
         reduction: "mean" over all positions, "sum", or "none".
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         A scalar, or (B, *S) or (M,) for reduction "none", in the dtype of student (float32 under autocast); accumulated in float32 or

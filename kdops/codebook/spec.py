@@ -14,6 +14,7 @@ from ..dispatch import Backend, OpSpec, Sample, size
 from ..registration import accumulator, gradient_like
 from . import reference
 
+TRITON = "kdops.codebook.triton"
 NO_DOUBLE_BACKWARD = (
     "its kernels recompute the softmaxes instead of keeping them, and have no formula for the second derivative"
 )
@@ -86,8 +87,8 @@ def _backward(op: registration.Op) -> Callable[..., Any]:
     return backward
 
 
-registration.define("codebook_cross_entropy", FORWARD, _fake)
-registration.define("codebook_cross_entropy_backward", BACKWARD, _fake_backward)
+registration.define("codebook_cross_entropy", FORWARD, _fake, TRITON)
+registration.define("codebook_cross_entropy_backward", BACKWARD, _fake_backward, TRITON)
 registration.differentiate("codebook_cross_entropy", _setup_context, _backward, NO_DOUBLE_BACKWARD)
 
 
@@ -135,6 +136,7 @@ def _kernel(op: registration.Op) -> Callable[..., Tensor]:
 
 BACKENDS = (
     Backend("cpu", _kernel(registration.op("codebook_cross_entropy")), dispatch.supports_cpu),
+    Backend("triton", _kernel(registration.op("codebook_cross_entropy", "_triton")), dispatch.supports_triton),
     Backend("reference", reference.codebook_cross_entropy, dispatch.supports_reference),
 )
 

@@ -1,0 +1,405 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+# (The arguments of a kernel have types of Triton, which Python's annotations cannot say.)
+"""The cross-entropy over a codebook as Triton kernels.
+
+`_statistics` and `_slopes` keep a block of rows (positions of student and teacher) on chip while all codes pass by; `_code_sums` keeps a
+block of codes while a group of rows passes by. Logits stay in registers. No two programs write one number, so the same input gives
+the same bits. Logits, exponentials and statistics are to the base 2.
+"""
+
+from __future__ import annotations
+
+from math import e, log, log2
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import tiles
+from ..layout import settle
+from ..tiles import features
+
+# --- kernels ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_codes(codes, offsets, k, C: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr):
+    """A tile of codes, and -e.e / t of each; -infinity where there is none."""
+    inside = None if EVEN else k < codes.positions
+    tile = tiles.load_features(codes, 0, k, inside, 0, C, PARTS)
+    return tile, tl.load(offsets + k, mask=k < codes.positions, other=float("-inf"))
+
+
+@triton.jit
+def _finite(x, exists, EVEN: tl.constexpr):
+    """x, but 0 for codes that do not exist: their weight of 0 times -infinity would be NaN."""
+    if not EVEN:
+        x = tl.where(exists, x, 0.0)
+    return x
+
+
+@triton.jit
+def _statistics(
+    student,
+    teacher,
+    codes,
+    offsets,
+    loss,  # (M,) float32
+    statistics,  # (5, M) float32: maximum and sum of the student, of the teacher, and the teacher's mean of x (see below)
+    count: tl.int64,  # M
+    scale,
+    to_loss,  # ln(2)
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CODES: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Both softmaxes and the cross-entropy, with x the student's logits minus their running maximum: no term of the loss is negative."""
+    batch, first_row, _ = tiles.place(student, ROWS, 1)
+    r = first_row + tl.arange(0, ROWS)
+    s = tiles.load_features(student, batch, r, r < student.positions, 0, C, PARTS)
+    t = tiles.load_features(teacher, batch, r, r < student.positions, 0, C, PARTS)
+    s_maximum = tl.full((ROWS,), float("-inf"), tl.float32)
+    t_maximum = s_maximum
+    s_sum = tl.zeros((ROWS,), tl.float32)
+    t_sum = s_sum
+    expected = s_sum
+    for first in tl.range(0, codes.positions, CODES, num_stages=STAGES):
+        k = first + tl.arange(0, CODES)
+        code, offset = _load_codes(codes, offsets, k, C, PARTS, EVEN)
+        s_logits = tiles.similarities(s, code, PARTS, PRECISION) * scale + offset[None, :]
+        t_logits = tiles.similarities(t, code, PARTS, PRECISION) * scale + offset[None, :]
+        s_before, t_before = s_maximum, t_maximum
+        s_maximum = tl.maximum(s_before, tl.max(s_logits, 1))
+        t_maximum = tl.maximum(t_before, tl.max(t_logits, 1))
+        x = s_logits - s_maximum[:, None]
+        q = tl.exp2(t_logits - t_maximum[:, None])
+        terms = q * _finite(x, (k < codes.positions)[None, :], EVEN)
+        moved = tl.where(t_sum > 0, s_before - s_maximum, 0.0)  # what lies behind had larger x
+        shrink = tl.exp2(t_before - t_maximum)
+        expected = (expected + t_sum * moved) * shrink + tl.sum(terms, 1)
+        t_sum = t_sum * shrink + tl.sum(q, 1)
+        s_sum = s_sum * tl.exp2(s_before - s_maximum) + tl.sum(tl.exp2(x), 1)
+    expected = expected / t_sum
+    m = batch * student.positions + r
+    inside = r < student.positions
+    tiles.store(loss + m, (tl.log2(s_sum) - expected) * to_loss, inside)
+    tiles.store(statistics + m, s_maximum, inside)
+    tiles.store(statistics + count + m, s_sum, inside)
+    tiles.store(statistics + 2 * count + m, t_maximum, inside)
+    tiles.store(statistics + 3 * count + m, t_sum, inside)
+    tiles.store(statistics + 4 * count + m, expected, inside)
+
+
+@triton.jit
+def _load_statistics(statistics, count, m, inside):
+    """Maximum and inverse sum of the student, the same of the teacher, and the teacher's mean of x."""
+    s_maximum = tiles.load(statistics + m, inside)
+    s_sum = tl.load(statistics + count + m, mask=inside, other=1.0)
+    t_maximum = tiles.load(statistics + 2 * count + m, inside)
+    t_sum = tl.load(statistics + 3 * count + m, mask=inside, other=1.0)
+    return s_maximum, 1 / s_sum, t_maximum, 1 / t_sum, tiles.load(statistics + 4 * count + m, inside)
+
+
+@triton.jit
+def _slopes(
+    student,
+    teacher,
+    codes,
+    offsets,
+    statistics,
+    slopes,  # float32, at the rows
+    count: tl.int64,
+    scale,
+    factor,  # of the sums; for the teacher its x are to the base 2
+    OF_TEACHER: tl.constexpr,
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CODES: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """slopes[r] = sum over codes of (p - q) code, or, of the teacher, of q (mean of x - x) code."""
+    batch, first_row, _ = tiles.place(student, ROWS, 1)
+    r = first_row + tl.arange(0, ROWS)
+    inside = r < student.positions
+    s = tiles.load_features(student, batch, r, inside, 0, C, PARTS)
+    t = tiles.load_features(teacher, batch, r, inside, 0, C, PARTS)
+    m = batch * student.positions + r
+    s_maximum, s_inverse, t_maximum, t_inverse, expected = _load_statistics(statistics, count, m, inside)
+    # Weights of the teacher are at most -expected: brought below 1, float16 holds them.
+    level = tl.maximum(-expected, 1.0) if OF_TEACHER else tl.full((ROWS,), 1.0, tl.float32)
+    sums = tiles.zero_features(ROWS, PARTS)
+    for first in tl.range(0, codes.positions, CODES, num_stages=STAGES):
+        k = first + tl.arange(0, CODES)
+        code, offset = _load_codes(codes, offsets, k, C, PARTS, EVEN)
+        x = tiles.similarities(s, code, PARTS, PRECISION) * scale + offset[None, :] - s_maximum[:, None]
+        y = tiles.similarities(t, code, PARTS, PRECISION) * scale + offset[None, :] - t_maximum[:, None]
+        q = tl.exp2(y) * t_inverse[:, None]
+        if OF_TEACHER:
+            x = _finite(x, (k < codes.positions)[None, :], EVEN)
+            weights = q * ((expected[:, None] - x) / level[:, None])
+        else:
+            weights = tl.exp2(x) * s_inverse[:, None] - q
+        sums = tiles.add_product(sums, weights, code, PARTS, PRECISION)
+    sums = tiles.scale_features(sums, level * factor, PARTS)
+    tiles.store_features(slopes, sums, batch, r, 0, C, PARTS)
+
+
+@triton.jit
+def _code_sums(
+    student,
+    teacher,
+    codes,
+    offsets,
+    statistics,
+    upstream,  # (M,) float32, at most 1 in magnitude
+    partial,  # (groups, D, K) float32
+    count: tl.int64,
+    blocks,  # of rows in all samples
+    groups,
+    scale,
+    factor,
+    x_factor,  # ln(2)
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CODES: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program: the share that a group of rows has in the gradient of a block of codes."""
+    program = tl.program_id(0).to(tl.int64)
+    group = program % groups
+    k = program // groups * CODES + tl.arange(0, CODES)
+    code, offset = _load_codes(codes, offsets, k, C, PARTS, False)
+    sums = tiles.zero_features(CODES, PARTS)
+    weight = tl.zeros((CODES,), tl.float32)
+    per_sample = tl.cdiv(student.positions, ROWS)
+    for block in tl.range(group * blocks // groups, (group + 1) * blocks // groups, num_stages=STAGES):
+        batch = block // per_sample
+        r = block % per_sample * ROWS + tl.arange(0, ROWS)
+        inside = r < student.positions
+        m = batch * student.positions + r
+        s_maximum, s_inverse, t_maximum, t_inverse, expected = _load_statistics(statistics, count, m, inside)
+        g = tiles.load(upstream + m, inside)[None, :]
+        s = tiles.load_features(student, batch, r, inside, 0, C, PARTS)
+        t = tiles.load_features(teacher, batch, r, inside, 0, C, PARTS)
+        x = tiles.similarities(code, s, PARTS, PRECISION) * scale + offset[:, None] - s_maximum[None, :]
+        x = _finite(x, (k < codes.positions)[:, None], False)
+        y = tiles.similarities(code, t, PARTS, PRECISION) * scale + offset[:, None] - t_maximum[None, :]
+        q = tl.exp2(y) * (t_inverse[None, :] * g)
+        of_student = tl.exp2(x) * (s_inverse[None, :] * g) - q
+        of_teacher = q * ((expected[None, :] - x) * x_factor)
+        sums = tiles.add_product(sums, of_student, s, PARTS, PRECISION)
+        sums = tiles.add_product(sums, of_teacher, t, PARTS, PRECISION)
+        weight += tl.sum(of_student + of_teacher, 1)
+    own = tiles.scale_features((tiles.widen(code[0]), tiles.widen(code[1])), weight, PARTS)
+    difference = (sums[0] - own[0], sums[1] - own[1])
+    result = tiles.scale_features(difference, tl.full((CODES,), 1.0, tl.float32) * factor, PARTS)
+    tiles.store_features(partial, result, group, k, 0, C, PARTS)
+
+
+# --- launches --------------------------------------------------------------------------------------------------------------------
+
+
+class Tile(NamedTuple):
+    """How one kernel is shared among threads."""
+
+    rows: int
+    codes: int
+    warps: int
+    stages: int
+
+
+# Tiles for rows of up to so many bytes, by architecture or the first part of its name: the largest that spill no register.
+TILES = {
+    "cuda:80": {
+        "statistics": {256: (128, 64, 8, 2), 1024: (64, 32, 8, 2), 2048: (32, 32, 8, 1)},
+        "slopes": {128: (128, 64, 8, 2), 256: (64, 64, 8, 2), 1024: (32, 32, 8, 2), 2048: (16, 32, 8, 1)},
+        "code_sums": {256: (32, 64, 8, 2), 512: (32, 32, 8, 1), 2048: (16, 16, 8, 1)},
+    },
+    "cuda": {
+        "statistics": {256: (128, 64, 8, 2), 1024: (64, 32, 8, 2), 2048: (32, 32, 8, 1)},
+        "slopes": {
+            128: (128, 64, 8, 2),
+            256: (64, 64, 8, 2),
+            512: (64, 32, 8, 2),
+            1024: (32, 32, 8, 2),
+            2048: (16, 32, 8, 1),
+        },
+        "code_sums": {256: (32, 64, 8, 2), 512: (32, 32, 8, 1), 2048: (16, 16, 8, 1)},
+    },
+    "hip": {
+        "statistics": {256: (64, 32, 4, 2), 512: (32, 32, 4, 2), 2048: (16, 32, 4, 1)},
+        "slopes": {256: (64, 32, 4, 2), 512: (32, 32, 4, 2), 2048: (16, 32, 4, 1)},
+        "code_sums": {256: (32, 32, 4, 1), 2048: (16, 32, 4, 1)},
+    },
+    "interpreter": {
+        "statistics": {2048: (64, 64, 4, 1)},
+        "slopes": {2048: (64, 64, 4, 1)},
+        "code_sums": {2048: (64, 64, 4, 1)},
+    },
+}
+
+
+def tile_for(kernel: str, channels: int, dtype: torch.dtype) -> Tile:
+    """From the table; rows beyond it get the smallest tile."""
+    architecture = tiles.architecture()
+    table = TILES.get(architecture) or TILES[architecture.partition(":")[0]]
+    row = sum(tiles.parts(channels)) * dtype.itemsize
+    sizes = table[kernel]
+    return Tile(*next((tile for most, tile in sizes.items() if row <= most), sizes[max(sizes)]))
+
+
+PROGRAMS = 256  # of _code_sums, roughly: their number follows from the shapes alone
+
+
+class _Problem(NamedTuple):
+    """Student, teacher and codebook as kernels take them."""
+
+    student: tiles.Features
+    teacher: tiles.Features
+    codes: tiles.Features
+    offsets: Tensor  # (K,) float32
+    scale: float  # of products, to the base 2
+
+    @classmethod
+    def of(cls, student: Tensor, teacher: Tensor, codebook: Tensor, temperature: float) -> _Problem:
+        offsets = codebook.float().square().sum(dim=1).mul_(-log2(e) / temperature)
+        s, t, codes = (features(_map(x)) for x in (student, teacher, codebook))
+        return cls(s, t, codes, offsets, 2 * log2(e) / temperature)
+
+    @property
+    def positions(self) -> int:
+        return self.student.data.shape[0] * self.student.positions
+
+
+def _map(t: Tensor) -> Tensor:
+    """(B, D, *S), or (M, D) as the one sample that it is: (1, D, M)."""
+    return t.t().unsqueeze(0) if t.ndim == 2 else t
+
+
+def _launch_rows(kernel, problem: _Problem, which: str, *args: object) -> None:
+    channels = problem.student.data.shape[1]
+    tile = tile_for(which, channels, problem.student.data.dtype)
+    kernel[(problem.student.data.shape[0] * triton.cdiv(problem.student.positions, tile.rows),)](
+        problem.student,
+        problem.teacher,
+        problem.codes,
+        problem.offsets,
+        *args,
+        channels,
+        tiles.parts(channels),
+        tile.rows,
+        tile.codes,
+        problem.codes.positions % tile.codes == 0,
+        tile.stages,
+        tiles.precision(),
+        num_warps=tile.warps,
+        **tiles.OPTIONS,
+    )
+
+
+def codebook_cross_entropy(
+    student: Tensor, teacher: Tensor, codebook: Tensor, temperature: float, need_student: bool, need_teacher: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss (M,), statistics (5, M), and slopes of the loss (M, D) for student and teacher, (0,) where one is not needed."""
+    problem = _Problem.of(student, teacher, codebook, temperature)
+    batch, channels, count = problem.student.data.shape[0], student.shape[1], problem.positions
+    loss = student.new_empty(count, dtype=torch.float32)
+    statistics = student.new_empty((5, count), dtype=torch.float32)
+    slopes = [
+        student.new_empty((count, channels) if needed else 0, dtype=torch.float32)
+        for needed in (need_student, need_teacher)
+    ]
+    if count > 0:
+        _launch_rows(_statistics, problem, "statistics", loss, statistics, count, problem.scale, log(2))
+        for of_teacher, result in enumerate(slopes):
+            if result.numel() > 0:
+                maps = features(result.view(batch, -1, channels).mT)
+                factor = 2 / temperature * (log(2) if of_teacher else 1)
+                _launch_rows(
+                    _slopes, problem, "slopes", statistics, maps, count, problem.scale, factor, bool(of_teacher)
+                )
+    return loss, statistics, slopes[0], slopes[1]
+
+
+def codebook_cross_entropy_backward(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    codebook: Tensor,
+    statistics: Tensor,
+    student_slopes: Tensor,
+    teacher_slopes: Tensor,
+    temperature: float,
+    need_student: bool,
+    need_teacher: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad (M,) float32 -> the gradients, (0,) where one is not needed."""
+    of_codebook = codebook.new_empty(0)
+    if need_codebook:
+        problem = _Problem.of(student, teacher, codebook, temperature)
+        of_codebook = torch.empty_like(codebook).copy_(_codebook_gradient(problem, statistics, grad, temperature))
+    return (
+        _row_gradient(student, student_slopes, grad, need_student),
+        _row_gradient(teacher, teacher_slopes, grad, need_teacher),
+        of_codebook,
+    )
+
+
+def _row_gradient(like: Tensor, slopes: Tensor, grad: Tensor, needed: bool) -> Tensor:
+    if not needed:
+        return like.new_empty(0)
+    gradient = torch.empty_like(like)
+    if gradient.numel() == 0:
+        return gradient
+    columns = _map(gradient).flatten(2)  # (B, D, N), a view where positions are a fixed stride apart
+    batch, channels, _ = columns.shape
+    torch.mul(slopes.view(batch, -1, channels).mT, grad.reshape(batch, 1, -1), out=columns)
+    return settle(gradient, columns)
+
+
+def _codebook_gradient(problem: _Problem, statistics: Tensor, grad: Tensor, temperature: float) -> Tensor:
+    """(K, D) float32: a sum over the rows of each group, then over the groups."""
+    count, codes, channels = problem.positions, problem.codes.positions, problem.student.data.shape[1]
+    tile = tile_for("code_sums", channels, problem.student.data.dtype)
+    code_blocks = triton.cdiv(codes, tile.codes)
+    blocks = problem.student.data.shape[0] * triton.cdiv(problem.student.positions, tile.rows)
+    groups = max(1, min(blocks, triton.cdiv(PROGRAMS, code_blocks)))
+    largest = torch.cat([grad.abs(), grad.new_zeros(1)]).amax()
+    upstream = torch.where(largest > 0, grad / largest, grad).contiguous()  # float16 has no digits for 1 / M
+    partial = problem.offsets.new_empty((groups, codes, channels))
+    _code_sums[(code_blocks * groups,)](
+        problem.student,
+        problem.teacher,
+        problem.codes,
+        problem.offsets,
+        statistics,
+        upstream,
+        features(partial.mT),
+        count,
+        blocks,
+        groups,
+        problem.scale,
+        2 / temperature,
+        log(2),
+        channels,
+        tiles.parts(channels),
+        tile.rows,
+        tile.codes,
+        tile.stages,
+        tiles.precision(),
+        num_warps=tile.warps,
+        **tiles.OPTIONS,
+    )
+    return partial.sum(dim=0) * largest
