@@ -233,7 +233,7 @@ def test_more_than_2_to_the_31_elements() -> None:
     student[..., -4:] = other
     loss = kdops.codebook_cross_entropy(student, features, codebook, reduction="none", backend="cpu")
     assert loss[0, -1].item() == 64.0
-    assert loss[0, -2].item() == 0.0
+    assert loss[0, -2].item() < 1e-20  # the entropy of a choice that is all but certain
 
 
 def test_module_is_the_function() -> None:
