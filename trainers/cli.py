@@ -155,6 +155,18 @@ def parser() -> argparse.ArgumentParser:
         "--size", type=_size, default=(256, 256), metavar="HxW", help="image to measure on (default: 256x256)"
     )
 
+    data = commands.add_parser("data", help="look into data sets", description="Look into data sets.")
+    data_commands = data.add_subparsers(metavar="command", required=True)
+    data_check = _command(
+        data_commands,
+        "check",
+        "count, pair and decode every image of downloaded folders, and say what is wrong",
+        _data_check,
+    )
+    data_check.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="folder; all below it is looked at too")
+    data_check.add_argument("--patch", type=int, default=96, help="least side of a ground truth (default: 96)")
+    data_check.add_argument("--scale", type=int, help="upsampling factor (default: what most pairs of a folder have)")
+
     _command(commands, "doctor", "show what this machine has and which backends run", _doctor)
     return top
 
@@ -324,6 +336,12 @@ def _export(options: argparse.Namespace) -> int:
     for file in export(options.source, out, onnx=options.onnx, size=options.size):
         print(file)
     return 0
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from trainers.data_check import data_check_command
+
+    return 0 if data_check_command(options.paths, options.patch, options.scale) else 2
 
 
 def _doctor(options: argparse.Namespace) -> int:
