@@ -9,7 +9,7 @@ DEMO   := runs/demo
 .PHONY: demo test test-all lint contract bench docs clean
 
 demo: $(VENV)/.installed
-	$(BIN)/kdtrain compare --recipe demo --methods scratch,facd --out $(DEMO)
+	$(BIN)/kdtrain compare --recipe demo --methods facd --out $(DEMO)
 
 test: $(VENV)/.installed
 	$(BIN)/pytest

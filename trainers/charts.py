@@ -20,13 +20,17 @@ MAX_POINTS = 400  # more cannot be seen at this width; thinning keeps the first 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `colour` and `dash` are indices into the palette and the patterns; `markers` draws its points too."""
+    """One curve. `colour` and `dash` are indices into the palette and the patterns; `markers` draws its points too.
+
+    `band` is what is shaded around it: (x, lowest, highest).
+    """
 
     label: str
     points: Sequence[tuple[float, float]]
     colour: int
     dash: int
     markers: bool = False
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,11 @@ class Level:
 
     label: str
     value: float
+
+
+def styled(index: int) -> tuple[int, int]:
+    """(colour, dash) of the index-th of many curves: after a round of the palette the patterns are shifted."""
+    return index % len(DASHES), (index + index // len(DASHES)) % len(DASHES)
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -116,12 +125,14 @@ def line_chart(
     if not clean:
         return ""
     heights = [y for line in clean for _, y in line.points] + [level.value for level in levels]
+    heights += [y for line in clean for _, *ends in line.band for y in ends]
     longest = max(x for line in clean for x, _ in line.points)
     across = _Axis(0.0, max(longest, 1e-9), LEFT, WIDTH - RIGHT, exact=True)
     up = _Axis(min(heights), max(heights), HEIGHT - BOTTOM, TOP, log=log)
     parts = [
         *_grid(across, up, x_label, y_label),
         *(_level(level, up) for level in levels),
+        *(_band(line, across, up) for line in clean if line.band),
         *(_curve(line, across, up) for line in clean),
     ]
     rule = f'<line class="rule" y1="{TOP}" y2="{HEIGHT - BOTTOM}" visibility="hidden"/>'
@@ -174,6 +185,12 @@ def _level(level: Level, up: _Axis) -> str:
     text = y - 5 if y > TOP + 14 else y + 14
     line = f'<line class="level" x1="{LEFT}" y1="{y}" x2="{right}" y2="{y}"/>'
     return line + _text(right - 4, text, level.label, "end")
+
+
+def _band(line: Series, across: _Axis, up: _Axis) -> str:
+    edge = [(x, high) for x, _, high in line.band] + [(x, low) for x, low, _ in reversed(line.band)]
+    points = " ".join(f"{across(x)},{up(y)}" for x, y in edge)
+    return f'<polygon points="{points}" fill="{_colour(line)}" fill-opacity="0.15"/>'
 
 
 def _curve(line: Series, across: _Axis, up: _Axis) -> str:

@@ -133,7 +133,18 @@ def parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("run_folders", type=Path, nargs="*", help="finished runs; or give --recipe and --methods")
     compare.add_argument("--recipe", help="a recipe of ours (demo) or a YAML file: train it once with each method")
-    compare.add_argument("--methods", type=lambda text: text.split(","), help="with --recipe: scratch,facd")
+    compare.add_argument(
+        "--methods",
+        type=lambda text: text.split(","),
+        help="with --recipe: facd,fakd or also sliced, plain training from a slice of the teacher; scratch and output are added",
+    )
+    compare.add_argument(
+        "--seeds",
+        type=_seeds,
+        default=[],
+        metavar="0,1,2",
+        help="with --recipe: train with each (default: the config's)",
+    )
     compare.add_argument("-o", "--out", type=Path, default=Path("runs/comparison"), help="folder of the comparison")
     _set_argument(compare)
 
@@ -196,6 +207,12 @@ def _inference_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--ensemble", action="store_true", help="average over the eight orientations: 8 times the work"
     )
+
+
+def _seeds(text: str) -> list[int]:
+    if not all(part.isdigit() for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text}: give whole numbers, such as 0,1,2")
+    return [int(part) for part in text.split(",")]
 
 
 def _set_argument(command: argparse.ArgumentParser) -> None:
@@ -295,7 +312,8 @@ def _compare(options: argparse.Namespace) -> int:
         raise InputError("give either run folders, or --recipe and --methods")
     if options.recipe:
         console = Console(stderr=True, quiet=not _is_first_process())
-        report = run_and_compare(_recipe(options.recipe), options.methods, options.out, options.set, console)
+        recipe = _recipe(options.recipe)
+        report = run_and_compare(recipe, options.methods, options.out, options.set, options.seeds, console)
     else:
         report = compare(options.run_folders, options.out)
     _say(f"done: {report}")

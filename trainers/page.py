@@ -42,6 +42,7 @@ th, td { padding: 6px 14px; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 4px; }
 th.text, td.text { text-align: left; }
 td.text { white-space: normal; max-width: 220px; line-height: 1.3; }
+td.refused { max-width: none; color: var(--soft); }
 thead th { border: solid var(--ink); border-width: 2px 0 1px; font-weight: 600; vertical-align: bottom; }
 tbody td { border-bottom: 1px solid var(--line); }
 tbody tr:last-child td { border-bottom: 2px solid var(--ink); }
@@ -142,9 +143,15 @@ def page(title: str, kicker: str, headline: str, remarks: Sequence[str], section
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table. `heads` are text; a cell is HTML, its content or a whole <td>. A column with a <td class="text"> is aligned left."""
+    """A table. `heads` are text; a cell is HTML, its content or a whole <td>. A column with a <td class="text"> is aligned left.
+
+    The last cell of a row may span the columns that the row lacks.
+    """
     cells = [[cell if cell.startswith("<td") else f"<td>{cell}</td>" for cell in row] for row in rows]
-    kinds = [' class="text"' if any('<td class="text"' in row[i] for row in cells) else "" for i in range(len(heads))]
+    kinds = [
+        ' class="text"' if any('<td class="text"' in row[i] for row in cells if i < len(row)) else ""
+        for i in range(len(heads))
+    ]
     head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(heads, kinds, strict=True))
     body = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

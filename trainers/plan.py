@@ -263,12 +263,15 @@ def measure_in_child(config: Config, point: Point) -> Measured:
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["it was killed"])[-1]
         raise InputError(f"the step of patch {point.patch} and micro-batch {point.micro} could not be measured: {last}")
-    found = json.loads(run.stdout.splitlines()[-1])
-    return Measured(found["peak"], found["seconds"], _costs(found["costs"]))
+    return measured_from(json.loads(run.stdout.splitlines()[-1]))
+
+
+def measured_from(found: dict[str, Any]) -> Measured:
+    """What dataclasses.asdict made of it, back."""
+    return Measured(found["peak"], found["seconds"], _costs(dict(found["costs"])))
 
 
 def _costs(plain: dict[str, Any]) -> StepCosts:
-    """What dataclasses.asdict made of them, back."""
     several = {key: {name: Cost(**cost) for name, cost in plain.pop(key).items()} for key in ("teachers", "terms")}
     return StepCosts(
         student=Cost(**plain.pop("student")), teachers=several["teachers"], terms=several["terms"], **plain

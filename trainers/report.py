@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from trainers import crops, page
-from trainers.charts import Level, Series, line_chart
+from trainers.charts import Level, Series, line_chart, styled
 from trainers.models import find
-from trainers.results import Run, flat, load_run
+from trainers.results import Arm, Run, flat, load_run
 from trainers.tasks import TASKS
 
 REFERENCES = {"bicubic": "bicubic", "input": "the input", "teacher": "its teacher"}
@@ -24,7 +25,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run = load_run(Path(run_dir))
     path = run.folder / "report.html"
-    sections = body([run])
+    sections = body([Arm(run.method, (run,))])
     path.write_text(
         page.page(run.result["name"], _kicker(run), headline(run), remarks(run), sections), encoding="utf-8"
     )
@@ -36,7 +37,7 @@ def headline(run: Run) -> str:
     name = run.sets[0]
     own = run.psnr(name)
     gaps = [f"{gap(own - run.psnr(name, who))} {words}" for who, words in REFERENCES.items() if run.score(name, who)]
-    return f"{run.label} reaches {own:.2f} dB on {name}: {' and '.join(gaps)}."
+    return f"{run.method} reaches {own:.2f} dB on {name}: {' and '.join(gaps)}."
 
 
 def remarks(run: Run) -> list[str]:
@@ -51,14 +52,21 @@ def remarks(run: Run) -> list[str]:
     return [basis, alone]
 
 
-def body(runs: Sequence[Run]) -> list[str]:
-    """The sections that a report of one run and a comparison have in common."""
+def body(arms: Sequence[Arm], more: Sequence[str] = (), refused: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """The sections that a report of one run and a comparison have in common.
+
+    Args:
+        arms: what is compared, or one run.
+        more: further sections, HTML, to stand behind the results.
+        refused: method -> why it is not applicable.
+    """
     return [
-        "<h2>Results</h2>" + results_table(runs),
-        "<h2>Curves</h2>" + curves(runs),
-        crops_section(runs),
-        "<h2>Image by image</h2>" + "".join(per_image_table(runs, name) for name in runs[0].sets),
-        "<h2>How this was made</h2>" + "".join(_making_of(run) for run in runs),
+        "<h2>Results</h2>" + results_table(arms, refused),
+        *more,
+        "<h2>Curves</h2>" + curves(arms),
+        crops_section(arms),
+        "<h2>Image by image</h2>" + "".join(per_image_table(arms, name) for name in arms[0].sets),
+        "<h2>How this was made</h2>" + "".join(_making_of(arm) for arm in arms),
         "<footer>Written by kdtrain. Everything on this page is in this one file.</footer>",
     ]
 
@@ -78,9 +86,9 @@ def gap(difference: float) -> str:
     return "level with" if size == "0.00" else f"{size} dB {'above' if difference > 0 else 'below'}"
 
 
-def count(run: Run, set_name: str) -> str:
+def count(run: Run | Arm, set_name: str) -> str:
     """How many images a set has: "2 images"."""
-    number = len(run.result["sets"][set_name][run.baseline]["per_image"])
+    number = len(run.score(set_name, run.baseline)["per_image"])  # type: ignore[index]  # a baseline always has scores
     return f"{number} image{'s' if number != 1 else ''}"
 
 
@@ -130,57 +138,65 @@ def _network(description: dict[str, Any]) -> str:
 # --- table -----------------------------------------------------------------------------------------------------------------------
 
 
-def with_teacher(runs: Sequence[Run]) -> Run | None:
-    """The first run that has a teacher's score on the first set."""
-    return next((run for run in runs if run.score(run.sets[0], "teacher")), None)
+def with_teacher(arms: Sequence[Arm]) -> Arm | None:
+    """The first arm that has a teacher's score on the first set."""
+    return next((arm for arm in arms if arm.score(arm.sets[0], "teacher")), None)
 
 
-def results_table(runs: Sequence[Run]) -> str:
-    """The baseline, students and teacher: PSNR and SSIM of every set, size and cost."""
-    sets, first, baseline = runs[0].sets, runs[0], runs[0].baseline
+def results_table(arms: Sequence[Arm], refused: Mapping[str, str]) -> str:
+    """The baseline, students and teacher: PSNR and SSIM of every set, size and cost; then what is not applicable."""
+    sets, first, baseline = arms[0].sets, arms[0], arms[0].baseline
     where = [f", {name}" if len(sets) > 1 else "" for name in sets]
     heads = ["", "network", *(h for w in where for h in (f"PSNR{w} (dB)", f"SSIM{w}")), f"gain over {baseline} (dB)"]
     heads += ["parameters", "MACs", "training time", "steps/s"]
-    best = {name: max(run.psnr(name) for run in runs) for name in sets}
-    top = max(run.psnr(sets[0], who) for run in runs for who in ("student", "teacher") if run.score(sets[0], who))
+    best = {name: max(arm.psnr(name) for arm in arms) for name in sets}
+    top = max(arm.psnr(sets[0], who) for arm in arms for who in ("student", "teacher") if arm.score(sets[0], who))
     span = max(top - first.psnr(sets[0], baseline), 1e-9)
 
-    def row(run: Run, who: str, label: str, colour: int, cost: list[str]) -> list[str]:
-        scores = [run.result["sets"][name][who] for name in sets]
+    def row(arm: Arm, who: str, label: str, colour: int, cost: list[str]) -> list[str]:
         cells = []
-        for name, score in zip(sets, scores, strict=True):
-            bold = ' class="best"' if who == "student" and len(runs) > 1 and score["psnr"] == best[name] else ""
-            cells += [f"<td{bold}>{score['psnr']:.2f}</td>", f"{score['ssim']:.4f}"]
-        gain = scores[0]["psnr"] - run.psnr(sets[0], baseline)
+        for name in sets:
+            score = arm.score(name, who) or {}
+            bold = ' class="best"' if who == "student" and len(arms) > 1 and score["psnr"] == best[name] else ""
+            shown = with_spread(arm, name) if who == "student" else f"{score['psnr']:.2f}"
+            cells += [f"<td{bold}>{shown}</td>", f"{score['ssim']:.4f}"]
+        gain = arm.psnr(sets[0], who) - arm.psnr(sets[0], baseline)
         bar = f'<span class="bar" style="width: {90 * max(gain, 0) / span:.0f}px; background: var(--c{colour % 6})"></span>'
-        return [
-            label,
-            cost[0],
-            *cells,
-            f'<td class="text">{signed(gain)}{bar}</td>' if who != baseline else "",
-            *cost[1:],
-        ]
+        gained = f'<td class="text">{signed(gain)}{bar}</td>' if who != baseline else ""
+        return [label, cost[0], *cells, gained, *cost[1:]]
 
     what = "interpolation" if baseline == "bicubic" else "as it is"
     rows = [row(first, baseline, baseline, 4, [f'<td class="text">{what}</td>', "", "", "", ""])]
-    for index, run in enumerate(runs):
-        student = run.result["student"]
-        speed = f"{run.steps / run.seconds:.1f}" if run.seconds else ""
+    for index, arm in enumerate(arms):
+        student = arm.first.result["student"]
+        speed = f"{arm.steps / arm.seconds:.1f}" if arm.seconds else ""
         size = [f"{student['params']:,}", quantity(student["macs"])]
-        label = page.dot(index) + html.escape(run.label)
-        rows.append(row(run, "student", label, index, [_network(student), *size, duration(run.seconds), speed]))
-    if taught := with_teacher(runs):
-        teacher = taught.result["teacher"]
+        label = page.dot(index) + html.escape(arm.label)
+        rows.append(row(arm, "student", label, index, [_network(student), *size, duration(arm.seconds), speed]))
+    if taught := with_teacher(arms):
+        teacher = taught.first.result["teacher"]
         cost = [_network(teacher), f"{teacher['params']:,}", quantity(teacher["macs"]), "given", ""]
         rows.append(row(taught, "teacher", "teacher", 4, cost))
+    for method, reason in refused.items():
+        told = f'<td class="text refused" colspan="{len(heads) - 1}">not applicable: {html.escape(reason)}</td>'
+        rows.append([html.escape(method), told])
     return page.table(heads, rows) + _table_note(first)
 
 
-def _table_note(run: Run) -> str:
-    sets = " and ".join(f"{name} ({count(run, name)})" for name in run.sets)
+def with_spread(arm: Arm, set_name: str) -> str:
+    """31.24, or the mean over seeds and their standard deviation: 31.243 ± 0.012."""
+    spread = arm.spread(set_name)
+    mean = arm.psnr(set_name)
+    return f"{mean:.2f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+
+
+def _table_note(arm: Arm) -> str:
+    result = arm.first.result
+    sets = " and ".join(f"{name} ({count(arm, name)})" for name in arm.sets)
+    seeds = f", and over seeds {', '.join(map(str, arm.seeds))} (± standard deviation)" if len(arm.seeds) > 1 else ""
     text = (
-        f"Protocol {run.result['protocol_text'].rstrip('.')}. Means over {sets}. MACs: multiply-accumulates for a "
-        f"{run.result['macs_for']}. Training time and steps per second leave out validation and saving. {_weights_measured(run)}"
+        f"Protocol {result['protocol_text'].rstrip('.')}. Means over {sets}{seeds}. MACs: multiply-accumulates for a "
+        f"{result['macs_for']}. Training time and steps per second leave out validation and saving. {_weights_measured(arm.first)}"
     )
     return f'<p class="note">{html.escape(text)}</p>'
 
@@ -191,59 +207,63 @@ def _weights_measured(run: Run) -> str:
     return f"A student is measured with {which} after its last step: no checkpoint was chosen by these images."
 
 
-def per_image_table(runs: Sequence[Run], set_name: str) -> str:
+def per_image_table(arms: Sequence[Arm], set_name: str) -> str:
     """PSNR and SSIM of every image of one set."""
-    columns = [(runs[0], runs[0].baseline, runs[0].baseline), *((run, "student", run.label) for run in runs)]
-    if taught := with_teacher(runs):
+    columns = [(arms[0], arms[0].baseline, arms[0].baseline), *((arm, "student", arm.label) for arm in arms)]
+    if taught := with_teacher(arms):
         columns.append((taught, "teacher", "teacher"))
+    found = [(label, who, arm.score(set_name, who) or {}) for arm, who, label in columns]
     rows = []
-    for image in runs[0].result["sets"][set_name][runs[0].baseline]["per_image"]:
-        scores = [run.result["sets"][set_name][who]["per_image"][image] for run, who, _ in columns]
-        best = max(s["psnr"] for s, (_, who, _) in zip(scores, columns, strict=True) if who == "student")
+    for image in found[0][2]["per_image"]:
+        scores = [(who, score["per_image"][image]) for _, who, score in found]
+        best = max(score["psnr"] for who, score in scores if who == "student")
         cells = [html.escape(image)]
-        for score, (_, who, _) in zip(scores, columns, strict=True):
-            bold = ' class="best"' if who == "student" and len(runs) > 1 and score["psnr"] == best else ""
+        for who, score in scores:
+            bold = ' class="best"' if who == "student" and len(arms) > 1 and score["psnr"] == best else ""
             cells.append(f"<td{bold}>{score['psnr']:.2f} <small>{score['ssim']:.4f}</small></td>")
         rows.append(cells)
-    title = f"{set_name}: PSNR (dB) and, smaller, SSIM; protocol {runs[0].result['protocol']}"
-    return f"<h3>{html.escape(title)}</h3>" + page.table(["image", *(label for *_, label in columns)], rows)
+    title = f"{set_name}: PSNR (dB) and, smaller, SSIM; protocol {arms[0].first.result['protocol']}"
+    return f"<h3>{html.escape(title)}</h3>" + page.table(["image", *(label for label, *_ in found)], rows)
 
 
 # --- curves ----------------------------------------------------------------------------------------------------------------------
 
 
-def curves(runs: Sequence[Run]) -> str:
+def curves(arms: Sequence[Arm]) -> str:
     """Validation PSNR per step and per second, every loss, and how strong each weighted term's gradient is."""
     charts = []
-    for name in runs[0].sets:
-        levels = [Level(runs[0].baseline, runs[0].psnr(name, runs[0].baseline))]
-        if taught := with_teacher(runs):
+    for name in arms[0].sets:
+        levels = [Level(arms[0].baseline, arms[0].psnr(name, arms[0].baseline))]
+        if taught := with_teacher(arms):
             levels.append(Level("teacher", taught.psnr(name, "teacher")))
         for axis, label in (("step", "training step"), ("seconds", "training time (s)")):
-            lines = [Series(r.label, r.validation(name, axis), i, i, markers=True) for i, r in enumerate(runs)]
-            title = f"Validation PSNR on {name} per {axis.removesuffix('s')}"
+            lines = [
+                Series(arm.label, arm.validation(name, axis), *styled(i), markers=True, band=arm.band(name, axis))
+                for i, arm in enumerate(arms)
+            ]
+            shaded = ", shaded from the lowest to the highest seed" if any(line.band for line in lines) else ""
+            title = f"Validation PSNR on {name} per {axis.removesuffix('s')}{shaded}"
             charts.append(line_chart(title, label, "PSNR (dB)", lines, levels=levels))
-    for loss in dict.fromkeys(name for run in runs for name in run.names("losses")):
+    for loss in dict.fromkeys(name for arm in arms for name in arm.names("losses")):
         lines = [
-            Series(run.label, points, i, i) for i, run in enumerate(runs) if (points := run.training("losses", loss))
+            Series(arm.label, points, *styled(i))
+            for i, arm in enumerate(arms)
+            if (points := arm.training("losses", loss))
         ]
         log = _spans_a_decade(lines)
         charts.append(line_chart(f"Loss term “{loss}”, before its weight", "training step", loss, lines, log=log))
-    terms = list(dict.fromkeys(name for run in runs for name in run.names("shares")))
-    lines = [
-        Series(
-            name if len(runs) == 1 else f"{run.label}: {name}",
-            _percent(run.training("shares", name)),
-            colour=term if len(runs) == 1 else i,
-            dash=term,
-        )
-        for i, run in enumerate(runs)
-        for term, name in enumerate(terms)
-    ]
-    title = "Gradient of each weighted term, relative to the pixel term's"
-    log = _spans_a_decade(lines)
-    charts.append(line_chart(title, "training step", "norm relative to pixel (%)", lines, log=log))
+    charts += [_shares(arm, alone=len(arms) == 1) for arm in arms]
     return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _shares(arm: Arm, *, alone: bool) -> str:
+    """How strong the gradient of each weighted term of one arm is."""
+    lines = [
+        Series(name, _percent(arm.training("shares", name)), *styled(term))
+        for term, name in enumerate(arm.names("shares"))
+    ]
+    title = "Gradient of each weighted term, relative to the pixel term's" + ("" if alone else f": {arm.label}")
+    return line_chart(title, "training step", "norm relative to pixel (%)", lines, log=_spans_a_decade(lines))
 
 
 def _spans_a_decade(lines: Sequence[Series]) -> bool:
@@ -258,37 +278,39 @@ def _percent(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 # --- crops -----------------------------------------------------------------------------------------------------------------------
 
 
-def crops_section(runs: Sequence[Run]) -> str:
+def crops_section(arms: Sequence[Arm]) -> str:
     """LR | baseline | students | teacher | HR of every saved image; "" when no images were saved."""
+    first = arms[0]
     blocks = [
-        _image_block(runs, name, image)
-        for name in runs[0].sets
-        for image in runs[0].result["sets"][name][runs[0].baseline]["per_image"]
-        if all((run.folder / "images" / name / f"{image}_student.png").is_file() for run in runs)
+        _image_block(arms, name, image)
+        for name in first.sets
+        for image in first.first.result["sets"][name][first.baseline]["per_image"]
+        if all((arm.first.folder / "images" / name / f"{image}_student.png").is_file() for arm in arms)
     ]
     if not blocks:
         return ""
-    worst = "that bicubic restores worst" if runs[0].baseline == "bicubic" else "in which the input is worst"
+    worst = "that bicubic restores worst" if first.baseline == "bicubic" else "in which the input is worst"
+    seed = f" Students are those of seed {first.seeds[0]}." if any(len(arm.seeds) > 1 for arm in arms) else ""
     note = (
         f"The two windows of each image are those {worst}: the choice does not depend on any method. One pixel "
-        "of HR is shown as three by three. PSNR is that of the whole image."
+        f"of HR is shown as three by three. PSNR is that of the whole image.{seed}"
     )
     box = '<input type="checkbox" id="errors">'
     switch = f"<label>{box} show the error against HR instead (mean over channels, × {crops.ERROR_GAIN})</label>"
     return f'<h2>Crops</h2><p class="note">{note}</p>{switch}{"".join(blocks)}'
 
 
-def _image_block(runs: Sequence[Run], set_name: str, image: str) -> str:
-    folder, scale = runs[0].folder / "images" / set_name, int(runs[0].result["scale"])
-    baseline = runs[0].baseline
+def _image_block(arms: Sequence[Arm], set_name: str, image: str) -> str:
+    first = arms[0].first
+    folder, scale, baseline = first.folder / "images" / set_name, int(first.result["scale"]), first.baseline
     gt, lq, worse = (crops.read(folder / f"{image}_{kind}.png") for kind in ("gt", "lq", baseline))
-    restored = [(baseline, worse, runs[0].score(set_name, baseline))]
-    for run in runs:
-        own = crops.read(run.folder / "images" / set_name / f"{image}_student.png")
-        restored.append((run.label, own, run.score(set_name)))
-    taught = with_teacher(runs)
-    if taught and (path := taught.folder / "images" / set_name / f"{image}_teacher.png").is_file():
-        restored.append(("teacher", crops.read(path), taught.score(set_name, "teacher")))
+    restored = [(baseline, worse, first.score(set_name, baseline))]
+    for arm in arms:
+        own = crops.read(arm.first.folder / "images" / set_name / f"{image}_student.png")
+        restored.append((arm.label, own, arm.first.score(set_name)))
+    taught = with_teacher(arms)
+    if taught and (path := taught.first.folder / "images" / set_name / f"{image}_teacher.png").is_file():
+        restored.append(("teacher", crops.read(path), taught.first.score(set_name, "teacher")))
     rows = []
     for window in crops.worst_windows(worse, gt, scale):
         truth = crops.cut(gt, window)
@@ -317,11 +339,13 @@ def _cell(picture: str, label: str, fact: str) -> str:
 # --- how it was made -------------------------------------------------------------------------------------------------------------
 
 
-def _making_of(run: Run) -> str:
-    facts = {"run folder": str(run.folder), "command": run.command, **flat(run.environment)}
+def _making_of(arm: Arm) -> str:
+    run = arm.first
+    others = {f"run folder, seed {other.seed}": str(other.folder) for other in arm.runs[1:]}
+    facts = {"run folder": str(run.folder), **others, "command": run.command, **flat(run.environment)}
     rows = [[html.escape(name), html.escape(str(value))] for name, value in facts.items() if value != ""]
     parts = (
         page.table(["environment", ""], rows)
         + f"<h3>config.yaml</h3><pre>{html.escape((run.folder / 'config.yaml').read_text())}</pre>"
     )
-    return page.folded(f"{run.label}: environment and full configuration", parts)
+    return page.folded(f"{arm.label}: environment and full configuration", parts)

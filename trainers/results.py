@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import yaml
@@ -18,13 +19,9 @@ Points = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder and what result.json, metrics.jsonl, config.yaml, env.json and command.txt hold.
-
-    `label` names it in tables and legends: its method, or its own name where several runs of one method stand together.
-    """
+    """A finished run: its folder and what result.json, metrics.jsonl, config.yaml, env.json and command.txt hold."""
 
     folder: Path
-    label: str
     result: dict[str, Any]
     metrics: list[dict[str, Any]]
     settings: dict[str, Any]
@@ -39,6 +36,10 @@ class Run:
     def baseline(self) -> str:
         """What restored images are compared with: "bicubic" upsampling, or the "input" itself where it has the same size."""
         return baseline_name(int(self.result["scale"]))
+
+    @property
+    def seed(self) -> int:
+        return int(self.result["seed"])
 
     @property
     def steps(self) -> int:
@@ -77,8 +78,107 @@ class Run:
         return list(dict.fromkeys(name for line in lines for name in line.get(group, {})))
 
 
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seed alone, as one: figures are means over the seeds.
+
+    `label` names it in tables and legends.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+    """One for each seed, in ascending order."""
+
+    @property
+    def first(self) -> Run:
+        """The run of the lowest seed: what all runs of an arm share is read from it."""
+        return self.runs[0]
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.seed for run in self.runs]
+
+    @property
+    def seconds(self) -> float:
+        """Training time, without validation and saving."""
+        return mean(run.seconds for run in self.runs)
+
+    @property
+    def method(self) -> str:
+        return self.first.method
+
+    @property
+    def baseline(self) -> str:
+        """See Run.baseline."""
+        return self.first.baseline
+
+    @property
+    def steps(self) -> int:
+        return self.first.steps
+
+    @property
+    def sets(self) -> list[str]:
+        return self.first.sets
+
+    def score(self, set_name: str, who: str = "student") -> dict[str, Any] | None:
+        """{"psnr", "ssim", "per_image"} as Run.score has it."""
+        found = [score for run in self.runs if (score := run.score(set_name, who))]
+        if not found:
+            return None
+        images = [score["per_image"] for score in found]
+        return _means(found) | {"per_image": {name: _means([scores[name] for scores in images]) for name in images[0]}}
+
+    def psnr(self, set_name: str, who: str = "student") -> float:
+        return mean(run.psnr(set_name, who) for run in self.runs)
+
+    def spread(self, set_name: str) -> float | None:
+        """Standard deviation of the student's PSNR over the seeds; None for a single one."""
+        return stdev(run.psnr(set_name) for run in self.runs) if len(self.runs) > 1 else None
+
+    def by_seed(self, set_name: str, seconds: float | None = None) -> dict[int, float]:
+        """Seed -> the student's PSNR at the end, or after so many seconds of training, where it was measured by then."""
+        if seconds is None:
+            return {run.seed: run.psnr(set_name) for run in self.runs}
+        stood = {run.seed: at(run.validation(set_name, "seconds"), seconds) for run in self.runs}
+        return {seed: psnr for seed, psnr in stood.items() if psnr is not None}
+
+    def validation(self, set_name: str, against: str) -> Points:
+        """(step or seconds, PSNR) of each validation that all runs have."""
+        return [
+            (mean(x for x, _ in points), mean(y for _, y in points)) for points in self._validated(set_name, against)
+        ]
+
+    def band(self, set_name: str, against: str) -> list[tuple[float, float, float]]:
+        """(step or seconds, lowest, highest PSNR of any seed) of each validation; nothing for a single seed."""
+        if len(self.runs) == 1:
+            return []
+        return [
+            (mean(x for x, _ in points), min(y for _, y in points), max(y for _, y in points))
+            for points in self._validated(set_name, against)
+        ]
+
+    def _validated(self, set_name: str, against: str) -> list[Points]:
+        return list(map(list, zip(*(run.validation(set_name, against) for run in self.runs), strict=False)))
+
+    def training(self, group: str, name: str) -> Points:
+        """(step, value) of one entry of "losses", "weights" or "shares" along the runs."""
+        values: dict[float, list[float]] = {}
+        for run in self.runs:
+            for step, value in run.training(group, name):
+                values.setdefault(step, []).append(value)
+        return [(step, mean(found)) for step, found in values.items()]
+
+    def names(self, group: str) -> list[str]:
+        """See Run.names."""
+        return self.first.names(group)
+
+
+def _means(scores: list[dict[str, Any]]) -> dict[str, Any]:
+    return {key: mean(score[key] for score in scores) for key in ("psnr", "ssim")}
+
+
 def load_run(folder: Path) -> Run:
-    """The run in `folder`, labelled by its method. InputError when it is no run folder or is not done."""
+    """The run in `folder`. InputError when it is no run folder or is not done."""
     result_file = folder / "result.json"
     if not result_file.is_file():
         what = "is no run folder" if not (folder / "config.yaml").is_file() else "is not done (it has no result.json)"
@@ -91,7 +191,7 @@ def load_run(folder: Path) -> Run:
     environment = _json(_text(folder / "env.json") or "{}", str(folder / "env.json"))
     settings: dict[str, Any] = yaml.safe_load(_text(folder / "config.yaml")) or {}
     command = _text(folder / "command.txt").strip()
-    return Run(folder, str(result["method"]), result, metrics, settings, environment, command)
+    return Run(folder, result, metrics, settings, environment, command)
 
 
 def baseline_name(scale: int) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.trainers.tiny import STUDENT, TEACHER, tiny, write_images, write_tiny, write_yaml
-from trainers import cli
+from trainers import cli, compare
 from trainers.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -168,16 +168,18 @@ def test_bad_input_is_2_and_named(
     assert said in capsys.readouterr().err
 
 
-def test_compare_trains_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_trains_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "measure_costs", lambda configs, folder: None)  # tested in test_compare.py
     config, out = write_tiny(tmp_path, "facd"), tmp_path / "comparison"
-    command = ["compare", "--recipe", str(config), "--methods", "scratch,facd", "--out", str(out)]
+    command = ["compare", "--recipe", str(config), "--methods", "facd", "--seeds", "3,4", "--out", str(out)]
     assert main(command) == 0
-    found = json.loads((out / "result.json").read_text())
-    assert found
-    trained = (out / "scratch" / "metrics.jsonl").stat().st_mtime
+    found = json.loads((out / "comparison.json").read_text())
+    assert list(found["arms"]) == ["scratch", "output", "facd"]
+    assert all(arm["seeds"] == [3, 4] for arm in found["arms"].values())
+    trained = (out / "scratch-seed3" / "metrics.jsonl").stat().st_mtime
     assert main(command) == 0  # again: everything is there
-    assert (out / "scratch" / "metrics.jsonl").stat().st_mtime == trained
-    assert main(["compare", str(out / "scratch"), str(out / "facd"), "--out", str(tmp_path / "again")]) == 0
+    assert (out / "scratch-seed3" / "metrics.jsonl").stat().st_mtime == trained
+    assert main(["compare", str(out / "scratch-seed3"), str(out / "facd-seed3"), "--out", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "report.html").is_file()
 
 

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
-from trainers import launch
-from trainers.compare import compare, run_and_compare
+from trainers import launch, plan
+from trainers.compare import applicable, compare, run_and_compare
 from trainers.config import Config
 from trainers.config_file import dump_config
 from trainers.data.images import write_png
 from trainers.errors import InputError
+from trainers.footprint import Cost, StepCosts
+from trainers.models import find
+from trainers.paired import t_quantile
+from trainers.plan import Measured
+from trainers.results import load_run
 
 
 def result(runs: list[Path], out: Path) -> dict:
     compare(runs, out)
-    return json.loads((out / "result.json").read_text())
+    return json.loads((out / "comparison.json").read_text())
 
 
 def test_report_and_result_hold_the_same_numbers(fake_run, tmp_path: Path) -> None:
     runs = [fake_run("facd"), fake_run("scratch", psnr=31.15, seconds=40.0)]
     report = compare(runs, tmp_path / "out")
-    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
     text = report.read_text()
     assert report == tmp_path / "out" / "report.html"
-    assert list(found["runs"]) == ["scratch", "facd"]  # the baseline comes first
+    assert list(found["arms"]) == ["scratch", "facd"]  # the baseline comes first
     for who, psnr in {"bicubic": 29.87, "scratch": 31.15, "facd": 31.24, "teacher": 31.71}.items():
         assert found["sets"]["photos"][who]["psnr"] == psnr
         assert f"{psnr:.2f}</td>" in text
@@ -39,22 +47,28 @@ def test_report_and_result_hold_the_same_numbers(fake_run, tmp_path: Path) -> No
 
 def test_headline_says_who_ends_ahead_and_by_how_much(fake_run, tmp_path: Path) -> None:
     scratch, facd = fake_run("scratch", psnr=31.15), fake_run("facd")
-    expected = "facd ends 0.09 dB above scratch on photos: 31.24 against 31.15 dB, 1.37 dB above bicubic."
+    expected = (
+        "With one seed, facd ends 0.09 dB above scratch on photos: 31.24 against 31.15 dB, 1.37 dB above bicubic."
+    )
     assert result([scratch, facd], tmp_path / "out")["headline"] == expected
 
 
 def test_headline_is_honest_when_distillation_loses_or_draws(fake_run, tmp_path: Path) -> None:
     scratch, facd = fake_run("scratch", psnr=31.30), fake_run("facd")
-    assert result([scratch, facd], tmp_path / "a")["headline"].startswith("scratch ends 0.06 dB above facd")
+    assert result([scratch, facd], tmp_path / "a")["headline"].startswith(
+        "With one seed, scratch ends 0.06 dB above facd"
+    )
     draw = fake_run("scratch", psnr=31.243, folder="draw")
-    assert result([draw, facd], tmp_path / "b")["headline"].startswith("scratch and facd end level on photos: 31.24 dB")
+    assert result([draw, facd], tmp_path / "b")["headline"].startswith(
+        "With one seed, scratch and facd end level on photos: 31.24 dB"
+    )
 
 
 def test_headline_of_three(fake_run, tmp_path: Path) -> None:
     runs = [fake_run("scratch", psnr=31.15), fake_run("output", psnr=31.238), fake_run("facd")]
     found = result(runs, tmp_path / "out")
     gaps = "level with output, 0.09 dB above scratch, 1.37 dB above bicubic"
-    assert found["headline"] == f"facd ends highest on photos with 31.24 dB: {gaps}."
+    assert found["headline"] == f"With one seed, facd ends highest on photos with 31.24 dB: {gaps}."
     assert found["missing_baselines"] == []
 
 
@@ -64,7 +78,7 @@ def test_remarks_on_seeds_equal_time_and_missing_baselines(fake_run, tmp_path: P
     remarks = " ".join(found["remarks"])
     assert found["missing_baselines"] == ["scratch"]
     assert "No scratch run is among these: what distillation gained over plain training cannot be read here." in remarks
-    assert "One seed per method" in remarks
+    assert "a claim needs three paired seeds at least" in remarks
     # At 40 of its 60 s facd stood at its validation of step 2,000.
     lines = [json.loads(line) for line in (runs[1] / "metrics.jsonl").read_text().splitlines()]
     stood = next(line["psnr"] for line in lines if line["kind"] == "val" and line["step"] == 2000)
@@ -73,7 +87,7 @@ def test_remarks_on_seeds_equal_time_and_missing_baselines(fake_run, tmp_path: P
 
 
 def test_differences_are_listed(fake_run, tmp_path: Path) -> None:
-    scratch, facd = fake_run("scratch", seed=0), fake_run("facd")
+    scratch, facd = fake_run("scratch", seed=0), fake_run("facd", seed=1)
     for run, seed in ((scratch, 0), (facd, 1)):
         settings = {
             "name": run.name,
@@ -83,7 +97,7 @@ def test_differences_are_listed(fake_run, tmp_path: Path) -> None:
         (run / "config.yaml").write_text(yaml.safe_dump(settings))
     (facd / "env.json").write_text(json.dumps({"python": "3.12.0", "packages": {"torch": "2.13.0"}}))
     found = result([scratch, facd], tmp_path / "out")
-    assert found["differences"] == ["train.seed: scratch 0, facd 1", "python: scratch 3.11.7, facd 3.12.0"]
+    assert found["differences"] == ["seeds: scratch 0; facd 1", "python: scratch 3.11.7; facd 3.12.0"]
     assert "These runs differ in more than their method" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -132,11 +146,127 @@ def test_one_run_or_an_unfinished_one_is_refused(fake_run, tmp_path: Path) -> No
         compare([fake_run("scratch"), run], tmp_path / "out")
 
 
-def test_runs_of_one_method_are_told_apart_by_name(fake_run, tmp_path: Path) -> None:
-    runs = [fake_run("facd", folder=f"facd-seed{seed}", seed=seed, psnr=31.2 + seed / 100) for seed in (0, 1)]
-    found = result([*runs, fake_run("scratch")], tmp_path / "out")
-    assert list(found["runs"]) == ["scratch", "facd-seed0", "facd-seed1"]
-    assert any("show the spread over seeds" in remark for remark in found["remarks"])
+# --- seeds -------------------------------------------------------------------------------------------------------------
+
+GAINS = (0.02, 0.05, 0.11)  # of facd over scratch, by seed
+
+
+@pytest.fixture
+def seeded(fake_run) -> list[Path]:
+    """Three seeds of scratch, output and facd, whose seeds vary by more than the methods do."""
+    level = {0: 31.0, 1: 31.4, 2: 30.8}
+    gains = {"scratch": (0.0, 0.0, 0.0), "output": (0.03, -0.01, 0.02), "facd": GAINS}
+    return [
+        fake_run(method, folder=f"{method}-seed{seed}", seed=seed, psnr=psnr + gains[method][seed], seconds=seconds)
+        for method, seconds in (("facd", 60.0), ("scratch", 40.0), ("output", 50.0))
+        for seed, psnr in level.items()
+    ]
+
+
+def test_runs_that_differ_in_their_seed_are_one_arm(seeded: list[Path], tmp_path: Path) -> None:
+    found = result(seeded, tmp_path / "out")
+    assert list(found["arms"]) == ["scratch", "output", "facd"]
+    assert all(arm["seeds"] == [0, 1, 2] for arm in found["arms"].values())
+    scratch = found["sets"]["photos"]["scratch"]
+    assert scratch["psnr"] == pytest.approx((31.0 + 31.4 + 30.8) / 3)
+    assert scratch["deviation"] == pytest.approx(statistics.stdev([31.0, 31.4, 30.8]))
+    assert scratch["per_image"]["mug"]["psnr"] == pytest.approx(scratch["psnr"] - 1.5)
+    assert found["differences"] == []
+    assert found["headline"].startswith("Over 3 seeds, facd ends highest on photos with 31.13 dB")
+
+
+def test_differences_are_paired_by_seed(seeded: list[Path], tmp_path: Path) -> None:
+    pairs = result(seeded, tmp_path / "out")["paired"]["photos"]
+    assert set(pairs) == {"output", "facd"}
+    assert set(pairs["output"]) == {"scratch"}
+    against = pairs["facd"]["scratch"]
+    assert list(against["differences"].values()) == pytest.approx(GAINS)
+    half = 4.302653 * statistics.stdev(GAINS) / math.sqrt(3)
+    assert against["interval"] == pytest.approx([0.06 - half, 0.06 + half], abs=1e-6)
+    assert (against["n"], against["agree"], against["settled"]) == (3, 3, False)
+    assert (pairs["output"]["scratch"]["agree"], pairs["facd"]["output"]["n"]) == (2, 3)
+
+
+def test_words_about_seeds_say_what_is_settled(seeded: list[Path], fake_run, tmp_path: Path) -> None:
+    remarks = result(seeded, tmp_path / "out")["remarks"]
+    (against,) = [text for text in remarks if text.startswith("Against scratch")]
+    assert "not settled by these seeds: output" in against
+    assert "facd (−0.054 to +0.174 dB, n = 3)" in against
+    assert any("not corrected for how many pairs" in text for text in remarks)
+    sure = [fake_run("facd", folder=f"sure-seed{seed}", seed=seed, psnr=31.3 + seed / 1000) for seed in (0, 1)]
+    plain = [fake_run("scratch", folder=f"plain-seed{seed}", seed=seed, psnr=31.1) for seed in (0, 1)]
+    remarks = result([*sure, *plain], tmp_path / "sure")["remarks"]
+    assert any(
+        text.startswith("Against scratch, on photos, above it: facd (+0.194 to +0.207 dB, n = 2)") for text in remarks
+    )
+
+
+def test_one_seed_is_no_claim(fake_run, tmp_path: Path) -> None:
+    found = result([fake_run("scratch", psnr=30.0), fake_run("facd")], tmp_path / "out")
+    against = found["paired"]["photos"]["facd"]["scratch"]
+    assert (against["n"], against["deviation"], against["interval"], against["settled"]) == (1, None, None, False)
+    assert not any("Against scratch" in text for text in found["remarks"])
+
+
+def test_seeds_that_only_one_arm_has_are_not_paired(seeded: list[Path], tmp_path: Path) -> None:
+    found = result(seeded[:-1], tmp_path / "out")  # output lacks seed 2
+    assert found["differences"] == ["seeds: scratch 0, 1, 2; output 0, 1; facd 0, 1, 2"]
+    assert list(found["paired"]["photos"]["output"]["scratch"]["differences"]) == ["0", "1"]
+
+
+def test_equal_seconds_are_those_of_the_quickest_run(seeded: list[Path], tmp_path: Path) -> None:
+    found = result(seeded, tmp_path / "out")
+    assert found["equal_seconds"] == 40.0
+    scratch, facd = (found["sets"]["photos"][arm] for arm in ("scratch", "facd"))
+    assert scratch["at_equal_seconds"] == scratch["by_seed"]
+    run = load_run(seeded[0])  # facd, seed 0, stood at step 2,000 of 3,000
+    assert facd["at_equal_seconds"]["0"] == pytest.approx(dict(run.validation("photos", "step"))[2000])
+    gain = found["paired_at_equal_seconds"]["photos"]["facd"]["scratch"]
+    assert gain["mean"] < found["paired"]["photos"]["facd"]["scratch"]["mean"]
+
+
+def test_report_shows_spread_band_and_pairs(seeded: list[Path], tmp_path: Path) -> None:
+    text = compare(seeded, tmp_path / "out").read_text()
+    assert "31.127 ± 0.285" in text
+    assert text.count("<polygon") == 6  # three arms, per step and per second
+    assert "shaded from the lowest to the highest seed" in text
+    assert "−0.054 to +0.174" in text
+    assert "Students are those of seed 0." in text
+
+
+def test_markdown_is_a_table_to_paste(seeded: list[Path], tmp_path: Path) -> None:
+    compare(seeded, tmp_path / "out", {"slkd": "same-size tasks only"})
+    lines = (tmp_path / "out" / "comparison.md").read_text().splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    facd = next(line for line in table if line.startswith("| facd |"))
+    assert "| 0, 1, 2 | 31.127 ± 0.285 | 0.9123 | +0.060, −0.054 to +0.174, 3 of 3 |" in facd
+    assert table[-1].startswith("| slkd |")
+    assert "not applicable: same-size tasks only" in table[-1]
+
+
+def test_runs_of_one_method_with_other_settings_are_told_apart_by_name(fake_run, tmp_path: Path) -> None:
+    runs = [fake_run("facd", folder=f"{name}-seed{seed}", seed=seed) for name in ("weak", "strong") for seed in (0, 1)]
+    for run in runs:
+        weight = 0.1 if run.name.startswith("weak") else 1.0
+        settings = {"name": run.name, "method": {"name": "facd", "weights": {"contrast": weight}}}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert list(result([*runs, fake_run("scratch")], tmp_path / "out")["arms"]) == ["scratch", "weak", "strong"]
+
+
+def test_a_seed_that_was_run_twice_is_no_spread(fake_run, tmp_path: Path) -> None:
+    found = result([fake_run("facd", folder="one"), fake_run("facd", folder="two")], tmp_path / "out")
+    assert list(found["arms"]) == ["one", "two"]
+    only_seeds = [fake_run("facd", folder=f"seed{seed}", seed=seed) for seed in (0, 1)]
+    with pytest.raises(InputError, match="differ in their seed alone"):
+        compare(only_seeds, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (9, 2.2622), (30, 2.0423)]
+)
+def test_t_quantiles_are_those_of_the_tables(freedom: int, quantile: float) -> None:
+    assert t_quantile(freedom) == pytest.approx(quantile, abs=1e-4)
 
 
 # --- run_and_compare ---------------------------------------------------------------------------------------------------
@@ -160,14 +290,29 @@ def config_file(tmp_path: Path) -> Path:
     return tmp_path / "tiny.yaml"
 
 
+MEASURED = Measured(
+    peak=512 * 2**20,
+    seconds=0.05,
+    costs=StepCosts(
+        student=Cost(seconds=0.01),
+        teachers={"teacher": Cost(seconds=0.004)},
+        terms={"pixel": Cost(2**20, 0, 0, 0.001), "contrast": Cost(0, 2**22, 2**23, 0.02)},
+        peak=2**24,
+        weights=1,
+        trained=1,
+        seconds=0.04,
+    ),
+)
+
+
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, fake_run) -> list[str]:
-    """Stands in for training: what was started, in order. A run called "interrupted" stops before it is done."""
+    """Stands in for training and for measuring: what was started, in order. The second training is interrupted."""
     started: list[str] = []
 
     def finish(config: Config) -> None:
         folder = Path(config.out) / config.name
-        done = fake_run(config.method.name, folder=f"fake-{len(started)}-{config.name}")
+        done = fake_run(config.method.name, folder=f"fake-{len(started)}-{config.name}", seed=config.train.seed)
         folder.mkdir(parents=True, exist_ok=True)
         for file in done.iterdir():
             if file.name != "config.yaml":
@@ -178,7 +323,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, fake_run) -> list[str]:
         folder = Path(config.out) / config.name
         folder.mkdir(parents=True)
         (folder / "config.yaml").write_text(dump_config(config))
-        if len(started) != 2:  # the second training is interrupted
+        if len(started) != 2:
             finish(config)
         else:
             raise KeyboardInterrupt
@@ -187,62 +332,126 @@ def launched(monkeypatch: pytest.MonkeyPatch, fake_run) -> list[str]:
         started.append(f"resume {folder.name}")
         finish(launch.load_config(folder / "config.yaml"))
 
+    def measure(config: Config, point: object) -> Measured:
+        started.append(f"measure {config.method.name}")
+        return MEASURED
+
     monkeypatch.setattr(launch, "train", train)
     monkeypatch.setattr(launch, "resume", resume)
+    monkeypatch.setattr(plan, "measure_in_child", measure)
     return started
 
 
 def teacher_weights(config_file: Path) -> list[str]:
     """Overrides that give the tiny config a teacher."""
-    from safetensors.torch import save_file
-
-    from trainers.models import MODELS
-
-    entry = MODELS["edsr"]
+    entry = find("edsr")
     weights = config_file.parent / "teacher.safetensors"
     save_file(entry.build(entry.options(features=4, blocks=3)).state_dict(), weights)
     return [f"teacher={{arch: edsr, features: 4, blocks: 3, weights: {weights}}}"]
 
 
-def test_absent_runs_are_trained_unfinished_resumed_finished_kept(launched, config_file: Path, tmp_path: Path) -> None:
-    overrides = teacher_weights(config_file)
+def interrupted(launched: list[str], config_file: Path, out: Path, overrides: list[str]) -> None:
+    """A comparison of two methods whose second training stops."""
     with pytest.raises(KeyboardInterrupt):
-        run_and_compare(config_file, ["scratch", "output"], tmp_path / "out", overrides)
-    assert launched == ["train scratch", "train output"]
-    report = run_and_compare(config_file, ["scratch", "output"], tmp_path / "out", overrides)
-    assert launched[2:] == ["resume output"]
-    assert report.is_file()
-    run_and_compare(config_file, ["scratch", "output"], tmp_path / "out", overrides)
-    assert len(launched) == 3
+        run_and_compare(config_file, ["output"], out, overrides)
+    assert launched == ["train scratch-seed0", "train output-seed0"]
+
+
+def test_absent_runs_are_trained_unfinished_resumed_finished_kept(launched, config_file: Path, tmp_path: Path) -> None:
+    overrides, out = teacher_weights(config_file), tmp_path / "out"
+    interrupted(launched, config_file, out, overrides)
+    assert run_and_compare(config_file, ["output"], out, overrides).is_file()
+    assert launched[2:] == ["resume output-seed0", "measure scratch", "measure output"]
+    run_and_compare(config_file, ["output"], out, overrides)
+    assert len(launched) == 5
+    run_and_compare(config_file, ["output"], out, overrides, seeds=[0, 1])
+    assert launched[5:] == ["train scratch-seed1", "train output-seed1"]
 
 
 def test_folder_of_another_config_is_refused(launched, config_file: Path, tmp_path: Path) -> None:
-    overrides = teacher_weights(config_file)
-    with pytest.raises(KeyboardInterrupt):
-        run_and_compare(config_file, ["scratch", "output"], tmp_path / "out", overrides)
+    overrides, out = teacher_weights(config_file), tmp_path / "out"
+    interrupted(launched, config_file, out, overrides)
     with pytest.raises(InputError, match=r"another config \(train\.lr: 0\.0002 -> 0\.001\)"):
-        run_and_compare(config_file, ["scratch", "output"], tmp_path / "out", [*overrides, "train.lr=1e-3"])
-    run_and_compare(config_file, ["scratch", "output"], tmp_path / "out", [*overrides, "train.accumulate=2"])
+        run_and_compare(config_file, ["output"], out, [*overrides, "train.lr=1e-3"])
+    run_and_compare(config_file, ["output"], out, [*overrides, "train.accumulate=2"])
 
 
 def test_a_problem_of_any_method_is_found_before_the_first_training(
     launched, config_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="teacher"):
-        run_and_compare(config_file, ["scratch", "output"], tmp_path / "out")  # no teacher is given
-    with pytest.raises(InputError, match="facd: a comparison needs two different runs or methods"):
-        run_and_compare(config_file, ["facd"], tmp_path / "out")
+        run_and_compare(config_file, ["fakd"], tmp_path / "out")  # no teacher is given
+    with pytest.raises(InputError, match="there is no fadc"):
+        run_and_compare(config_file, ["fadc"], tmp_path / "out")
+    with pytest.raises(InputError, match="scratch: a comparison needs two different runs or methods"):
+        run_and_compare(config_file, ["scratch"], tmp_path / "out")
     assert launched == []
 
 
+def test_baselines_are_added_and_what_is_not_applicable_is_a_row(config_file: Path) -> None:
+    taught = teacher_weights(config_file)
+    configs, refused = applicable(config_file, ["facd"], taught, print)
+    assert (list(configs), refused) == (["scratch", "output", "facd"], {})
+    configs, refused = applicable(config_file, ["scratch", "sliced"], [], print)
+    assert list(configs) == ["scratch"]
+    assert refused["output"] == "it needs a teacher, and this config has none"
+    assert "a slice of a teacher needs one" in refused["sliced"]
+    configs, refused = applicable(config_file, ["dukd", "sliced"], [*taught], print)
+    assert list(configs) == ["scratch", "output", "dukd", "sliced"]
+    assert configs["sliced"].student.weights == "teacher"
+
+
+def test_a_method_that_refuses_the_task_is_a_row_with_the_reason(config_file: Path, tmp_path: Path, launched) -> None:
+    entry = find("nafnet")
+    small = {"width": 4, "encoder_blocks": [1], "middle_blocks": 1, "decoder_blocks": [1]}
+    save_file(entry.build(entry.options(**small)).state_dict(), tmp_path / "nafnet.safetensors")
+    network = "{arch: nafnet, width: 4, encoder_blocks: [1], middle_blocks: 1, decoder_blocks: [1]"
+    overrides = [
+        "task=denoise",
+        f"student={network}}}",
+        f"teacher={network}, weights: {tmp_path / 'nafnet.safetensors'}}}",
+    ]
+    configs, refused = applicable(config_file, ["dukd"], overrides, print)
+    assert list(configs) == ["scratch", "output"]
+    assert "this task keeps the size" in refused["dukd"]
+    interrupted(launched, config_file, tmp_path / "out", overrides)
+    text = run_and_compare(config_file, ["dukd"], tmp_path / "out", overrides).read_text()
+    assert f"not applicable: {refused['dukd']}" in text
+
+
+def test_costs_of_each_loss_term_are_shown(launched, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    interrupted(launched, config_file, out, teacher_weights(config_file))
+    text = run_and_compare(config_file, ["output"], out, teacher_weights(config_file)).read_text()
+    assert "<h2>Cost of a step</h2>" in text
+    assert "20.0 ms<br><small>12.0 MiB</small>" in text  # contrast: what is held and the peak of its backward pass
+    costs = json.loads((out / "comparison.json").read_text())["costs"]["output"]
+    assert costs["terms"]["contrast"] == {"peak_bytes": 12 * 2**20, "seconds": 0.02}
+    assert "| 50.0 | contrast 12.0 |" in (out / "comparison.md").read_text()
+
+
+def test_what_cannot_be_measured_does_not_stop_the_comparison(
+    launched, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(config: Config, point: object) -> Measured:
+        raise InputError("it was killed")
+
+    interrupted(launched, config_file, tmp_path / "out", teacher_weights(config_file))
+    monkeypatch.setattr(plan, "measure_in_child", failing)
+    text = run_and_compare(config_file, ["output"], tmp_path / "out", teacher_weights(config_file)).read_text()
+    assert "Cost of a step" not in text
+
+
+@pytest.mark.slow  # six trainings, and a process for each method to measure it
+@pytest.mark.usefixtures("one_thread")
 def test_real_trainings_end_in_a_comparison(config_file: Path, tmp_path: Path) -> None:
-    report = run_and_compare(config_file, ["scratch", "facd"], tmp_path / "out", teacher_weights(config_file))
-    found = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert list(found["runs"]) == ["scratch", "facd"]
-    assert set(found["sets"]["noise"]) == {"bicubic", "scratch", "facd", "teacher"}
+    report = run_and_compare(config_file, ["facd"], tmp_path / "out", teacher_weights(config_file), seeds=[0, 1])
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert set(found["sets"]["noise"]) == {"bicubic", "scratch", "output", "facd", "teacher"}
     assert found["differences"] == []
+    assert found["arms"]["facd"]["seeds"] == [0, 1]
+    assert found["costs"]["facd"]["terms"]["contrast"]["peak_bytes"] > 0
     text = report.read_text()
-    for who in ("bicubic", "scratch", "facd", "teacher"):
-        assert f"{found['sets']['noise'][who]['psnr']:.2f}" in text
-    for run in ("scratch", "facd"):
-        assert (tmp_path / "out" / run / "report.html").is_file()
+    for who in ("scratch", "output", "facd"):
+        assert f"{found['sets']['noise'][who]['psnr']:.3f} ± " in text
+        assert (tmp_path / "out" / f"{who}-seed1" / "report.html").is_file()

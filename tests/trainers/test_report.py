@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from trainers import crops
-from trainers.charts import RIGHT, WIDTH, Level, Series, line_chart, log_ticks, number, thin, ticks
+from trainers.charts import RIGHT, TOP, WIDTH, Level, Series, line_chart, log_ticks, number, styled, thin, ticks
 from trainers.errors import InputError
 from trainers.report import duration, quantity, signed, write_report
 from trainers.results import at, flat, load_run
 
-VOID = {"meta", "img", "input", "br", "line", "circle", "rect", "polyline", "image"}
+VOID = {"meta", "img", "input", "br", "line", "circle", "rect", "polyline", "polygon", "image"}
 
 
 class Document(HTMLParser):
@@ -229,6 +229,20 @@ def test_chart_puts_points_where_the_axes_say() -> None:
         value for tag, name, value in document.attributes if (tag, name) == ("line", "y1") and float(value) == y2
     )
     assert level
+
+
+def test_band_is_shaded_within_the_axes() -> None:
+    line = Series("a", [(0, 1), (10, 2)], 0, 0, band=[(0, 0, 3), (10, 1, 9)])
+    document = Document(line_chart("t", "x", "y", [line]))
+    (corners,) = [value for tag, name, value in document.attributes if (tag, name) == ("polygon", "points")]
+    heights = [float(corner.split(",")[1]) for corner in corners.split()]
+    assert heights[0] < heights[3]  # there and back: the highest, then the lowest
+    assert heights[1] < heights[2]
+    assert min(heights) >= TOP  # the axis reaches to the top of the band
+
+
+def test_many_curves_differ_in_colour_or_dash() -> None:
+    assert len({styled(index) for index in range(36)}) == 36
 
 
 def test_x_axis_ends_with_the_curve() -> None:
