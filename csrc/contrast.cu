@@ -5,11 +5,9 @@
 // are added by shuffles, those of the chunks by a second kernel. Backward: a thread holds 8 rows of one column and
 // walks over all rows of the other input. Blocks that read the same columns are neighbours in the grid, so that they
 // find them in the L2 cache.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
 
+#include "common/launch.h"
 #include "contrast.h"
 
 namespace kdops {
@@ -203,22 +201,6 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- launches ---
 
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
-// Launches one-dimensional grids; an empty one is no work.
-template <typename... Parameters, typename... Arguments>
-void launch(cudaStream_t stream, int64_t blocks, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  STD_TORCH_CHECK(blocks <= INT32_MAX, "kdops: these tensors need a grid of ", blocks,
-                  " blocks, which is more than CUDA takes.");
-  if (blocks == 0) return;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(arguments...);
-  STD_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 template <typename scalar_t, int P>
 void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows rows_of_y, const Problem& problem,
                       Tensor& result) {
@@ -230,9 +212,9 @@ void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows row
   const Tiles tiles{divide_up(problem.rows_x, single ? 1 : kRows), divide_up(problem.rows_y, kRows), problem.symmetric};
   const auto kernel = single ? partial_distances<scalar_t, P, 1> : partial_distances<scalar_t, P, kRows>;
   const auto stream = current_stream(x);
-  launch(stream, problem.batches * chunks * tiles.count(), kernel, const_data<scalar_t>(x), rows_of_x, const_data<scalar_t>(y),
-         rows_of_y, problem, chunk, tiles, data<float>(partial));
-  launch(stream, divide_up(count, kThreads), add_chunks, const_data<float>(partial), chunks, problem.pairs(), count,
+  launch(stream, problem.batches * chunks * tiles.count(), kThreads, 0, kernel, const_data<scalar_t>(x), rows_of_x,
+         const_data<scalar_t>(y), rows_of_y, problem, chunk, tiles, data<float>(partial));
+  launch(stream, divide_up(count, kThreads), kThreads, 0, add_chunks, const_data<float>(partial), chunks, problem.pairs(), count,
          data<float>(result));
 }
 
@@ -240,7 +222,7 @@ template <typename scalar_t, int P>
 void launch_gradients(const Side<scalar_t>& x, const Side<scalar_t>& y, const Tensor& weight, const Problem& problem) {
   const int64_t tiles = row_tiles(x.gradient, problem.rows_x) + row_tiles(y.gradient, problem.rows_y);
   const int64_t blocks = problem.batches * divide_up(problem.features, kThreads) * tiles;
-  launch(current_stream(weight), blocks, gradients<scalar_t, P>, x, y, const_data<float>(weight), problem);
+  launch(current_stream(weight), blocks, kThreads, 0, gradients<scalar_t, P>, x, y, const_data<float>(weight), problem);
 }
 
 }  // namespace

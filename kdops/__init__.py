@@ -11,6 +11,7 @@ from .codebook import codebook_cross_entropy
 from .contrast import contrastive_ratio, matched_distance, pairwise_distance
 from .dispatch import backend, explain, info
 from .gaussian import gaussian_distance
+from .nss import brisque_features, mscn, piqe
 from .spatial_attention import spatial_attention
 
 try:
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "affinity_distance",
     "backend",
+    "brisque_features",
     "channel_attention",
     "channel_attention_distance",
     "codebook_cross_entropy",
@@ -30,6 +32,8 @@ __all__ = [
     "gaussian_distance",
     "info",
     "matched_distance",
+    "mscn",
     "pairwise_distance",
+    "piqe",
     "spatial_attention",
 ]

@@ -11,6 +11,7 @@ from .channel_attention import channel_attention, channel_attention_distance
 from .codebook import codebook_cross_entropy
 from .contrast import contrastive_ratio, matched_distance, pairwise_distance
 from .gaussian import gaussian_distance
+from .nss import brisque_features, mscn, piqe
 from .spatial_attention import spatial_attention
 
 
@@ -152,3 +153,44 @@ class GaussianDistance(nn.Module):
         return gaussian_distance(
             x, y, sigma=self.sigma, statistic=self.statistic, reduction=self.reduction, backend=self.backend
         )
+
+
+class MSCN(nn.Module):
+    """`kdops.mscn` as a module: image (B, C, H, W) -> normalised, local_std, each (B, C, H, W)."""
+
+    def __init__(
+        self,
+        *,
+        window: int = 7,
+        sigma: float = 7 / 6,
+        c: float = 1.0,
+        padding: str = "zeros",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.window, self.sigma, self.c, self.padding, self.backend = window, sigma, c, padding, backend
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        return mscn(image, window=self.window, sigma=self.sigma, c=self.c, padding=self.padding, backend=self.backend)
+
+
+class BrisqueFeatures(nn.Module):
+    """`kdops.brisque_features` as a module: luma (B, 1, H, W) in 0..255 -> (B, 36)."""
+
+    def __init__(self, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, image: Tensor) -> Tensor:
+        return brisque_features(image, backend=self.backend)
+
+
+class PIQE(nn.Module):
+    """`kdops.piqe` as a module: grey (B, 1, H, W) -> score (B,) and the masks artifact, noise, activity."""
+
+    def __init__(self, *, backend: str = "auto") -> None:
+        super().__init__()
+        self.backend = backend
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return piqe(image, backend=self.backend)

@@ -115,10 +115,27 @@ def codebook(everything: bool) -> Calls:
         yield from calls(d, torch.bfloat16)
 
 
+def nss(everything: bool) -> Calls:
+    from kdops.nss import triton as ops
+
+    def calls(image: Tensor, window: int, replicate: bool) -> Calls:
+        options = (window, window / 6, 1.0, replicate)
+        grad = empty(*image.shape, dtype=image.dtype)
+        yield lambda: ops.mscn(image, *options)
+        yield lambda: ops.mscn_backward(grad, grad, image, *options)
+        yield lambda: ops.mscn_backward(grad, None, image, *options)
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16) if everything else (torch.float32, torch.bfloat16):
+        for replicate in (False, True):
+            yield from calls(empty(4, 1, 512, 512, dtype=dtype), 7, replicate)
+            yield from calls(empty(2, 3, 127, 61, dtype=dtype), 31, replicate)  # rows that are not aligned
+
+
 OPS: dict[str, Callable[[bool], Calls]] = {
     "codebook": codebook,
     "contrast": contrast,
     "gaussian": gaussian,
+    "nss": nss,
     "spatial_attention": spatial_attention,
 }
 

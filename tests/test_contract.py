@@ -261,7 +261,8 @@ def test_06_every_subset_of_gradients(case: Case) -> None:
                 assert t.grad is None
 
 
-@pytest.mark.parametrize("case", [c for c in FIRST if c.backend != "reference"], ids=str)
+# With a single input there is none that nobody wants; beneath, an operator may see others (the halves of an image).
+@pytest.mark.parametrize("case", [c for c in FIRST if c.backend != "reference" and len(c.sample.shapes) > 1], ids=str)
 def test_06_unwanted_gradients_are_not_computed(case: Case) -> None:
     """The backward operator returns as many elements as there are inputs that ask for a gradient."""
     given = [t.detach().requires_grad_(i == 0) for i, t in enumerate(case.inputs())]
@@ -404,7 +405,7 @@ def test_14_extreme_values_behave_as_in_the_reference(case: Case, extreme: str) 
     floors = [0.0] * len(outs) + [1e-6 * largest] * len(grads)
     results = zip((*outs, *grads), (*eager_outs, *eager_grads), (*exact_outs, *exact_grads), floors, strict=True)
     for mine, eager, exact, floor in results:
-        error = (eager.double() - exact)[eager.isfinite() & exact.isfinite()].abs()
+        error = (eager.double() - exact.double())[eager.isfinite() & exact.isfinite()].abs()
         atol = max(1e-30, 3 * float(error.amax()) if error.numel() else 0.0, floor)
         torch.testing.assert_close(mine, eager, equal_nan=True, rtol=1e-4, atol=atol)
 

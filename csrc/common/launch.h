@@ -1,0 +1,34 @@
+// How the CUDA files launch their kernels: on torch's stream, in one-dimensional grids.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/macros.h>
+
+#include "tensors.h"
+
+namespace kdops {
+
+inline cudaStream_t current_stream(const Tensor& t) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// An empty grid is no work. `shared` is the dynamic shared memory of a block, in bytes.
+template <typename... Parameters, typename... Arguments>
+void launch(cudaStream_t stream, int64_t blocks, int threads, size_t shared, void (*kernel)(Parameters...),
+            const Arguments&... arguments) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  STD_TORCH_CHECK(blocks <= INT32_MAX, "kdops: these tensors need a grid of ", blocks,
+                  " blocks, which is more than CUDA takes.");
+  if (blocks == 0) return;
+  if (shared > kWithoutAsking) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                        cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(arguments...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace kdops
