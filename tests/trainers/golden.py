@@ -47,6 +47,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dckd released code": ("dckd", {"mapping": "released_code"}),
     "dckd label consistency": ("dckd", {"label_consistency": True}),
     "dckd blur and resize": ("dckd", {"negatives": {"blur": 1.0, "resize": 1.0}}),
+    "slkd": ("slkd", {"size": 32}),
+    "slkd mscn": ("slkd", {"size": 32, "natural": "mscn"}),
+    "slkd features and edges": ("slkd", {"size": 32, "natural": "features", "texture": "edges"}),
 }
 
 

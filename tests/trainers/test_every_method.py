@@ -69,7 +69,7 @@ def test_gradients_reach_the_student_and_its_adapters_and_no_teacher(tmp_path: P
     assert not any(parameter.requires_grad for parameter in step.method.parameters())
 
 
-@pytest.mark.parametrize("name", ["csd", "skd", "dckd"])
+@pytest.mark.parametrize("name", ["csd", "skd", "dckd", "slkd"])
 def test_resumes_exactly(tmp_path: Path, name: str) -> None:
     """Stopped after three of six steps, in which the history model of DCKD has just been updated, and resumed."""
     path = config(tmp_path, name, steps=6, save_every=3, schedule="constant", accumulate=2)
@@ -93,7 +93,7 @@ def test_killed_and_resumed_is_bit_equal(tmp_path: Path, name: str) -> None:
     assert metrics(runs / name) == metrics(runs / "killed")
 
 
-@pytest.mark.parametrize("name", ["skd", "dckd"])
+@pytest.mark.parametrize("name", ["skd", "dckd", "slkd"])
 def test_a_term_that_fails_is_named(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

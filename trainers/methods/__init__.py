@@ -18,6 +18,7 @@ from trainers.methods.output import Output, OutputOptions
 from trainers.methods.rkd import RKD, RKDOptions
 from trainers.methods.scratch import Scratch, ScratchOptions
 from trainers.methods.skd import SKD, SKDOptions
+from trainers.methods.slkd import SLKD, SLKDOptions
 
 __all__ = [
     "METHODS",
@@ -43,7 +44,8 @@ AnyMethodOptions = Annotated[
     | DUKDOptions
     | FACDOptions
     | SKDOptions
-    | DCKDOptions,
+    | DCKDOptions
+    | SLKDOptions,
     Field(discriminator="name"),
 ]
 
@@ -59,6 +61,7 @@ METHODS: dict[str, tuple[type[MethodOptions], Any]] = {
     "facd": (FACDOptions, FACD),
     "skd": (SKDOptions, SKD),
     "dckd": (DCKDOptions, DCKD),
+    "slkd": (SLKDOptions, SLKD),
 }
 
 
