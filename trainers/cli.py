@@ -117,6 +117,10 @@ def parser() -> argparse.ArgumentParser:
         "--degradation", help="how inputs are made, e.g. '{name: noise, sigma: 15}' (default: the run's)"
     )
     evaluate.add_argument("--protocol", help="how to measure (default: the run's, or the task's)")
+    evaluate.add_argument("--piqe", action="store_true", help="also measure PIQE, which needs no ground truth")
+    evaluate.add_argument(
+        "--brisque", type=Path, metavar="MODEL", help="also measure BRISQUE, by OpenCV's brisque_model_live.yml"
+    )
     _inference_arguments(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
@@ -288,6 +292,8 @@ def _eval(options: argparse.Namespace) -> int:
         protocol=options.protocol,
         tile=options.tile,
         ensemble=options.ensemble,
+        piqe=options.piqe,
+        brisque=options.brisque,
     )
     print_measured(measure(options.source, wanted), as_json=options.json)
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,13 +20,19 @@ from trainers.results import baseline_name
 
 
 def evaluate(
-    restorer: Restorer, pairs: Iterable[ValPair], protocol: Protocol, scale: int, device: torch.device | str = "cpu"
+    restorer: Restorer,
+    pairs: Iterable[ValPair],
+    protocol: Protocol,
+    scale: int,
+    device: torch.device | str = "cpu",
+    extra: Callable[[Tensor], dict[str, float]] = lambda restored: {},
 ) -> dict[str, Any]:
     """Restores every image whole and measures it.
 
     restorer  a network, or any function from a batch of one image to the restored one; networks run in eval mode, and each
               of their modules is put back to the mode it was in
-    Returns {"psnr": dB, "ssim": ..., "per_image": {name: {"psnr": dB, "ssim": ...}}}; the first two are means over images.
+    extra     measures a restored image (C, H, W) by itself, such as `no_reference.NoReference`
+    Returns {"psnr": dB, "ssim": ..., "per_image": {name: {"psnr": dB, "ssim": ...}}}; all but the last are means over images.
     Raises ValueError when there is no image.
     """
     device = torch.device(device)
@@ -36,10 +42,11 @@ def evaluate(
             restored = restorer(lq.unsqueeze(0).to(device)).squeeze(0)
             if device.type == "mps":  # has no float64, which the metrics use
                 restored = restored.cpu()
-            per_image[name] = protocol.measure(restored, gt.to(restored.device), scale)
+            per_image[name] = protocol.measure(restored, gt.to(restored.device), scale) | extra(restored)
     if not per_image:
         raise ValueError("there is no image to measure; give a set with at least one pair")
-    means = {metric: sum(image[metric] for image in per_image.values()) / len(per_image) for metric in ("psnr", "ssim")}
+    metrics = next(iter(per_image.values()))
+    means = {metric: sum(image[metric] for image in per_image.values()) / len(per_image) for metric in metrics}
     return {**means, "per_image": per_image}
 
 

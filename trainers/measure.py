@@ -19,8 +19,11 @@ from trainers.errors import InputError
 from trainers.evaluate import baseline, evaluate
 from trainers.fields import PHOTOS
 from trainers.metrics import PROTOCOLS, Protocol
+from trainers.no_reference import NoReference, read_brisque
 from trainers.sources import Source, open_source
 from trainers.tasks import TASKS, Task
+
+DIGITS = {"psnr": 3, "ssim": 4}  # in tables; 2 for others
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,10 @@ class Wanted:
     """Side of a tile in pixels of the input; None restores images whole."""
     ensemble: bool = False
     """Average over the eight orientations."""
+    piqe: bool = False
+    """Also measure PIQE."""
+    brisque: Path | None = None
+    """Also measure BRISQUE with OpenCV's model in this file."""
 
 
 def measure(source: Path, wanted: Wanted) -> dict[str, Any]:
@@ -58,6 +65,7 @@ def measure(source: Path, wanted: Wanted) -> dict[str, Any]:
     task = chosen_task(opened, wanted)
     protocol = chosen_protocol(opened, wanted, task)
     data = Data(degradation=chosen_degradation(opened, wanted, task), grey=opened.grey)
+    extra = NoReference(wanted.piqe, None if wanted.brisque is None else read_brisque(wanted.brisque))
     restorer = opened.restorer(tile=wanted.tile, ensemble=wanted.ensemble)
     worse_name, worse = baseline(opened.network.scale)
     sets = {}
@@ -67,7 +75,7 @@ def measure(source: Path, wanted: Wanted) -> dict[str, Any]:
             raise InputError(f"--data {text}: task {task.name} makes no inputs by itself: give --lq or --degradation")
         pairs = open_val_set(chosen, opened.network.scale, data)
         sets[chosen.name] = {
-            who: evaluate(one, pairs, protocol, opened.network.scale, opened.device)
+            who: evaluate(one, pairs, protocol, opened.network.scale, opened.device, extra)
             for who, one in ((worse_name, worse), ("network", restorer))
         }
     return {
@@ -140,12 +148,13 @@ def print_measured(measured: dict[str, Any], *, as_json: bool) -> None:
     console, worse = Console(), measured["baseline"]
     console.print(f"{measured['weights']}: {measured['arch']} ({options})", highlight=False, soft_wrap=True)
     console.print(measured["protocol_text"], highlight=False, soft_wrap=True)
-    table = Table("set", "image", f"{worse} PSNR", "PSNR", f"{worse} SSIM", "SSIM")
+    metrics = [name for name in next(iter(measured["sets"].values()))["network"] if name != "per_image"]
+    heads = [head for metric in metrics for head in (f"{worse} {metric.upper()}", metric.upper())]
+    table = Table("set", "image", *heads)
     for name, scores in measured["sets"].items():
         before, after = scores[worse], scores["network"]
         rows = [(image, before["per_image"][image], after["per_image"][image]) for image in after["per_image"]]
         for image, old, new in [*rows, ("mean", before, after)]:
-            psnrs = (f"{score['psnr']:.3f}" for score in (old, new))
-            ssims = (f"{score['ssim']:.4f}" for score in (old, new))
-            table.add_row(name, image, *psnrs, *ssims)
+            shown = (f"{score[m]:.{DIGITS.get(m, 2)}f}" for m in metrics for score in (old, new))
+            table.add_row(name, image, *shown)
     console.print(table)
