@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from . import spec
+from .blocks import block_variance, edge_deviations
 from .brisque import paired_products
-from .piqe import block_variance, edge_deviations
 
 __all__ = ["block_variance", "brisque_features", "edge_deviations", "mscn", "paired_products", "piqe"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import dispatch, registration
 from ..dispatch import Backend, OpSpec, Sample, size
-from . import brisque, piqe, reference
+from . import blocks, brisque, reference
 
 NAME = "mscn"
 TRITON = "kdops.nss.triton"
@@ -141,7 +141,7 @@ def _composed(statistics: Callable[[Tensor, brisque.Mscn], Any], mscn: brisque.M
 def _run(name: str, backend: str) -> Callable[..., Any]:
     if name == NAME:
         return OPERATORS[backend]
-    return _composed(brisque.features if name == "brisque_features" else piqe.scores, OPERATORS[backend])
+    return _composed(brisque.features if name == "brisque_features" else blocks.scores, OPERATORS[backend])
 
 
 def register(function: Callable[..., Any]) -> None:
