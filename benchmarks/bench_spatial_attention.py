@@ -1,10 +1,11 @@
-"""Spatial attention: kdops against eager torch, torch.compile and scaled dot-product attention (SDPA).
+"""Spatial attention: kdops against eager torch, torch.compile, scaled dot-product attention (SDPA), FlexAttention and KeOps.
 
     pytest benchmarks/bench_spatial_attention.py --benchmark-only [--store]     one row per case and provider
     pytest benchmarks/bench_spatial_attention.py -k goal                        never slower than any, 1.2 times faster than SDPA
 
 A case is the shape of a network's features in one form of distillation: the teacher queries (key and value are one student
-tensor), the student queries (it is query and value, the key is frozen), or all three differ and need a gradient.
+tensor), the student queries (it is query and value, the key is frozen), or all three differ and need a gradient. On a
+GPU each backend of SDPA is a provider of its own; the change of layout that it needs is part of its time.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.suite import Case, Provider, Suite, eager_and_compiled, geometric_mean
+from benchmarks.suite import Case, Function, Provider, Suite, eager_and_compiled, geometric_mean, library
 from kdops.spatial_attention import reference
 
 
@@ -26,9 +28,38 @@ def eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    # (B, 1 head, N, C), contiguous: else it takes the path that holds the N x N matrix.
-    rows = [t.flatten(2).transpose(1, 2).contiguous().unsqueeze(1) for t in (query, key, value)]
-    return scaled_dot_product_attention(*rows).transpose(2, 3).reshape(query.shape)
+    return scaled_dot_product_attention(*_heads(query, key, value)).transpose(2, 3).reshape(query.shape)
+
+
+def _heads(*maps: Tensor) -> list[Tensor]:
+    """(B, 1 head, N, C), contiguous: else SDPA takes the path that holds the N x N matrix."""
+    return [t.flatten(2).transpose(1, 2).contiguous().unsqueeze(1) for t in maps]
+
+
+def _forced(backend: SDPBackend) -> Function:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(query, key, value)
+
+    return attend
+
+
+def flex() -> Function:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda *maps: compiled(*_heads(*maps)).transpose(2, 3).reshape(maps[0].shape)
+
+
+def keops() -> Provider:
+    from pykeops.torch import LazyTensor
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (t.flatten(2).transpose(1, 2).contiguous() for t in (query, key, value))
+        scores = (LazyTensor(q[:, :, None]) * LazyTensor(k[:, None])).sum(-1) / q.shape[-1] ** 0.5
+        return scores.sumsoftmaxweight(v[:, None], axis=2).transpose(1, 2).reshape(query.shape)
+
+    return Provider(attend)
 
 
 FORMS = {  # which tensor is query, key and value, and which are trained
@@ -68,13 +99,26 @@ GPU = [
     for c in (64, 128, 180, 256, 384)
     for form in ("teacher queries", "student queries")
 ]
+GPU += [
+    _case("growing N", "teacher queries", rounds, 1, 64, side, side, device="cuda", dtype=torch.bfloat16)
+    for side, rounds in ((64, 50), (128, 20), (256, 10), (512, 5), (1024, 2))
+]
+BASELINES = {
+    **eager_and_compiled(eager),
+    "sdpa": Provider(sdpa, device="cpu"),
+    "sdpa cudnn": Provider(_forced(SDPBackend.CUDNN_ATTENTION), device="cuda"),
+    "sdpa flash": Provider(_forced(SDPBackend.FLASH_ATTENTION), device="cuda"),
+    "sdpa efficient": Provider(_forced(SDPBackend.EFFICIENT_ATTENTION), device="cuda"),
+    "flex": Provider(flex(), device="cuda"),
+    "keops": library("pykeops", keops),
+}
 
 
 SWEEP = [
     _case("growing N", "teacher queries", rounds, 1, 48, side, side)
     for side, rounds in ((16, 51), (32, 25), (64, 9), (128, 3), (256, 2))
 ]
-SUITE = Suite("spatial_attention", [*CASES, LARGE, *SWEEP, *GPU], {**eager_and_compiled(eager), "sdpa": Provider(sdpa)})
+SUITE = Suite("spatial_attention", [*CASES, LARGE, *SWEEP, *GPU], BASELINES)
 
 
 @pytest.mark.parametrize(("case", "provider"), SUITE.rows(), ids=str)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,8 +44,14 @@ def _vector(device: str, matrix: float) -> float:
     """Instructions that are no fused multiply-add do one FLOP where that does two."""
     if device == "cpu":
         return matrix / 2
-    properties = torch.cuda.get_device_properties(0)
-    return properties.multi_processor_count * CORES_PER_MULTIPROCESSOR * torch.cuda.clock_rate() * 1e6
+    query = [
+        "nvidia-smi",
+        "--id=0",
+        "--query-gpu=clocks.max.sm",
+        "--format=csv,noheader,nounits",
+    ]  # torch needs pynvml for it
+    megahertz = float(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
+    return torch.cuda.get_device_properties(0).multi_processor_count * CORES_PER_MULTIPROCESSOR * megahertz * 1e6
 
 
 def _seconds(call: Callable[[], object], device: str) -> float:

@@ -1,5 +1,7 @@
 """The stored results as a page: `python -m benchmarks.report` writes docs/benchmarks.md and its pictures from benchmarks/results/*.csv.
 
+`python -m benchmarks.report FOLDER` does the same within a folder that holds CSV files, as benchmarks/gpu.sh leaves one.
+
 Nothing stands there that is not in the CSV files, and they hold only what was measured.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -21,22 +24,30 @@ SWEEP = "growing N"  # cases of this name are points of one curve
 BEGIN, END = "<!-- written by `python -m benchmarks.report` -->", "<!-- end -->"
 
 
-def main() -> None:
-    """Write the page and the pictures."""
+def main(folder: Path | None = None) -> None:
+    """Write the page and the pictures, in docs/ from the stored results, or in a folder from the results that are in it."""
     page = DOCS / "benchmarks.md"
     before, rest = page.read_text().split(BEGIN)
-    sections = "\n\n".join(section for machine in results.machines() for section in machine_sections(machine))
-    page.write_text(f"{before}{BEGIN}\n\n{sections}\n\n{END}{rest.split(END)[1]}")
+    if folder is not None:
+        results.FOLDER = folder
+    target = folder or DOCS
+    sections = "\n\n".join(section for machine in results.machines() for section in machine_sections(machine, target))
+    (target / page.name).write_text(f"{before}{BEGIN}\n\n{sections}\n\n{END}{rest.split(END)[1]}")
 
 
-def machine_sections(machine: str) -> Iterator[str]:
+def machine_sections(machine: str, target: Path) -> Iterator[str]:
     """A heading, then for each op a summary, a table and its pictures."""
     rows = results.read(machine)
     yield f"## {machine}\n\nVersions: {', '.join(sorted({row['versions'] for row in rows}))}."
-    for op, group in groupby(sorted(rows, key=lambda row: row["op"]), lambda row: row["op"]):
+    for op, group in groupby(sorted(rows, key=lambda row: row["op"]), chapter):
         mine = list(group)
         yield f"### {op}, on {machine}\n\n{summary(mine)}\n\n{table(mine)}"
-        yield from pictures(machine, op, [row for row in mine if row["case"].startswith(SWEEP)])
+        yield from pictures(machine, op, [row for row in mine if row["case"].startswith(SWEEP)], target)
+
+
+def chapter(row: Row) -> str:
+    """The op; all training steps stand together."""
+    return "Training steps" if row["op"].startswith("step") else row["op"]
 
 
 def case_of(row: Row) -> tuple[str, ...]:
@@ -101,7 +112,7 @@ def positions(row: Row) -> int:
     return math.prod(int(size) for size in found[1][1:].split("x")) if found else 0
 
 
-def pictures(machine: str, op: str, rows: list[Row]) -> Iterator[str]:
+def pictures(machine: str, op: str, rows: list[Row], target: Path) -> Iterator[str]:
     """Time and memory against N, with the floor as a line of its own."""
     for title, figure, unit, floor in (
         ("time", "median_ms", "ms", "floor_ms"),
@@ -110,7 +121,7 @@ def pictures(machine: str, op: str, rows: list[Row]) -> Iterator[str]:
         curves = _curves(rows, figure, floor)
         if not curves:
             continue
-        file = DOCS / "pictures" / f"{machine}-{op}-{title.replace(' ', '-')}.svg"
+        file = target / "pictures" / f"{machine}-{op}-{title.replace(' ', '-')}.svg"
         file.parent.mkdir(exist_ok=True)
         heading = f"{op}: {title} of forward and backward against N"
         file.write_text(picture(heading, "N, positions", f"{title}, {unit}", curves))
@@ -130,4 +141,4 @@ def _curves(rows: list[Row], figure: str, floor: str) -> list[Series]:
 
 
 if __name__ == "__main__":
-    main()
+    main(*map(Path, sys.argv[1:2]))

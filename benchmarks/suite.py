@@ -6,11 +6,13 @@ implementations that it is compared with. Everything that is compared runs inter
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from math import exp, log
 from typing import Any
 
@@ -24,6 +26,19 @@ from kdops.dispatch import SPECS, in_taps
 Function = Callable[..., Tensor]
 OURS = "kdops."
 MOST = {"cpu": 8 * 2**30, "cuda": 100 * 2**30}  # bytes that a provider may take
+
+
+@dataclass
+class Chosen:
+    """What the command line asked for (conftest.py)."""
+
+    device: str | None = None
+    """Only cases on this kind of device; None takes all that this machine has."""
+    without: tuple[str, ...] = ()
+    """Providers to leave out: autotuning takes minutes a case."""
+
+
+CHOSEN = Chosen()
 
 torch._dynamo.config.recompile_limit = 256  # one for every case: compile must not fall back to eager
 
@@ -67,8 +82,8 @@ class Case:
 
     def inputs(self) -> list[Tensor]:
         """The arguments; the same values in every process."""
-        generator = torch.Generator().manual_seed(0)
-        drawn = [torch.randn(shape, generator=generator).to(self.device, self.dtype) for shape in self.shapes]
+        generator = torch.Generator(self.device).manual_seed(0)
+        drawn = [torch.randn(shape, generator=generator, device=self.device).to(self.dtype) for shape in self.shapes]
         for index in self.trained:
             drawn[index].requires_grad_()
         return [drawn[index] for index in self.arguments or range(len(drawn))]
@@ -85,8 +100,8 @@ class Case:
             if not wanted:
                 return outs
             if not upstream:
-                generator = torch.Generator().manual_seed(1)
-                upstream.extend(torch.randn(o.shape, generator=generator).to(o) for o in outs)
+                generator = torch.Generator(self.device).manual_seed(1)
+                upstream.extend(torch.randn(o.shape, generator=generator, device=self.device).to(o) for o in outs)
             # The upstream gradient takes the result's dtype: a provider may compute in a wider one.
             grads = torch.autograd.grad(outs, wanted, [u.to(o.dtype) for u, o in zip(upstream, outs, strict=True)])
             return [*(o.detach() for o in outs), *grads]
@@ -96,10 +111,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation: what runs, and `refusal(case)`, the reason why it cannot (None: it can)."""
+    """An implementation: what runs, `refusal(case)`, the reason why it cannot (None: it can), and the only device that it is made for."""
 
     function: Function
     refusal: Callable[[Case], str | None] = field(default=lambda case: None)
+    device: str | None = None
 
 
 def bounded(function: Function) -> Provider:
@@ -113,13 +129,15 @@ def bounded(function: Function) -> Provider:
     return Provider(function, refusal)
 
 
-def missing(library: str) -> Provider:
-    """A provider that is not installed here: its row says so."""
+def library(name: str, build: Callable[[], Provider]) -> Provider:
+    """A provider out of a library; where that is not installed, its row says so. Libraries are compared on GPUs."""
+    if find_spec(name) is not None:
+        return dataclasses.replace(build(), device="cuda")
 
     def function(*args: Any, **kwargs: Any) -> Tensor:
-        raise RuntimeError(f"{library} is not installed")
+        raise RuntimeError(f"{name} is not installed")
 
-    return Provider(function, lambda case: f"{library} is not installed")
+    return Provider(function, lambda case: f"{name} is not installed", "cuda")
 
 
 def eager_and_compiled(eager: Function) -> dict[str, Provider]:
@@ -136,23 +154,30 @@ class Suite:
 
     def __init__(self, op: str, cases: Sequence[Case], baselines: dict[str, Provider], unit: str = "matrix") -> None:
         self.spec = SPECS[op]
-        self.cases = [case for case in cases if case.device == "cpu" or torch.cuda.is_available()]
+        self.cases = [
+            case
+            for case in cases
+            if (case.device == "cpu" or torch.cuda.is_available()) and CHOSEN.device in (None, case.device)
+        ]
         self.unit = unit
-        self.baselines = baselines
+        self.baselines = {name: provider for name, provider in baselines.items() if name not in CHOSEN.without}
+        self.eager = baselines["eager"].function
+        self.failures: dict[tuple[Case, str], str] = {}
         ours = {OURS + b.name: self._ours(b.name) for b in self.spec.backends if b.name != "reference"}
-        self.providers = {**ours, **baselines}
+        self.providers = {**ours, **self.baselines}
 
     def _ours(self, backend: str) -> Provider:
         def function(*args: Any, **kwargs: Any) -> Tensor:
             out: Tensor = self.spec.function(*args, **kwargs, backend=backend)
             return out
 
-        return Provider(function, lambda case: self.spec.backend(backend).supports(case.inputs()))
+        # Not Triton's interpreter, which is made for tests.
+        device = "cpu" if backend == "cpu" else "cuda"
+        return Provider(function, lambda case: self.spec.backend(backend).supports(case.inputs()), device)
 
     def names(self, device: str) -> list[str]:
-        """The providers that make sense on a device: not Triton's interpreter, which is made for tests."""
-        elsewhere = {"cpu": (OURS + "triton", OURS + "cuda"), "cuda": (OURS + "cpu",)}[device]
-        return [name for name in self.providers if name not in elsewhere]
+        """The providers that are made for a device."""
+        return [name for name, provider in self.providers.items() if provider.device in (None, device)]
 
     def rows(self) -> list[tuple[Case, str]]:
         """Every row of the table: a case and a provider."""
@@ -164,9 +189,19 @@ class Suite:
         return self.compare(case, [n for n in self.names(case.device) if self.providers[n].refusal(case) is None])
 
     def compare(self, case: Case, providers: Sequence[str]) -> dict[str, measure.Timing]:
-        """Of some providers, interleaved."""
+        """Of some providers, interleaved; those that fail are kept with the reason in `failures`."""
         inputs = case.inputs()
-        calls = {n: measure.synchronised(case.step(self.providers[n].function, inputs), case.device) for n in providers}
+        calls = {}
+        for name in providers:
+            call = measure.synchronised(case.step(self.providers[name].function, inputs), case.device)
+            try:
+                call()
+            except Exception as error:  # whatever a library raises: the others are measured all the same
+                self.failures[case, name] = (
+                    f"it failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
+                )
+            else:
+                calls[name] = call
         return measure.interleave(calls, case.rounds)
 
     @cache  # noqa: B019
@@ -174,28 +209,35 @@ class Suite:
         """Results and gradients of the reference in float64, with tensors that have two roles still shared."""
         inputs = case.inputs()
         wide = {id(t): t.detach().double().requires_grad_(t.requires_grad) for t in inputs}
-        eager = self.baselines["eager"].function
-        return case.step(eager, [wide[id(t)] for t in inputs])()
+        return case.step(self.eager, [wide[id(t)] for t in inputs])()
 
     def row(self, benchmark: Any, case: Case, provider: str, store: bool) -> None:
-        """Measure one row; with `store`, keep it in benchmarks/results, whether it could run or not."""
-        reason = self.providers[provider].refusal(case) or contract_gate.refusal(self.spec.name, provider, store)
+        """Measure one row; with `store`, keep it in benchmarks/results: the figures, or why there are none."""
+        reason = self.providers[provider].refusal(case)
+        if reason is None and provider not in self.timings(case):
+            reason = self.failures[case, provider]
+            if provider.startswith(OURS):
+                self._store(case, provider, {"refused": reason}, store)
+                pytest.fail(f"{provider}: {reason}")
         if reason is not None:
-            if store:
-                self._store(case, provider, {"refused": reason})
+            self._store(case, provider, {"refused": reason}, store)
             pytest.skip(f"{provider}: {reason}")
         inputs = case.inputs()
         step = measure.synchronised(case.step(self.providers[provider].function, inputs), case.device)
-        mine = self.timings(case)[provider]
         benchmark.group = str(case)
         got = benchmark.pedantic(step, rounds=1)
-        figures = self._figures(case, inputs, got, mine)
+        figures = self._figures(case, inputs, got, self.timings(case)[provider])
         figures["peak_mib"] = round(measure.peak_bytes(step, case.device) / 2**20, 2)
         benchmark.extra_info.update(figures)
-        # For `pytest -s` into a log: what was measured is kept when the run is cut short.
-        print(json.dumps({"op": self.spec.name, "case": str(case), "provider": provider, **figures}), flush=True)
-        if store:
-            self._store(case, provider, figures)
+        red = contract_gate.refusal(self.spec.name, provider, store)
+        # For `pytest -s` into a log: what was measured is kept when the run is cut short, and marked where it may not be reported.
+        print(
+            json.dumps({"op": self.spec.name, "case": str(case), "provider": provider, **figures, "red": red}),
+            flush=True,
+        )
+        self._store(case, provider, figures if red is None else {"refused": red}, store)
+        if red is not None:
+            pytest.skip(f"{provider}: {red}")
 
     def _figures(
         self, case: Case, inputs: list[Tensor], got: list[Tensor], mine: measure.Timing
@@ -213,10 +255,20 @@ class Suite:
             "bytes": moved,
             "flops": done,
             "floor_ms": round(floor * 1e3, 4),
-            **({"error": float(f"{measure.relative_error(got, self.truth(case)):.2e}")} if case.exact else {}),
+            **(
+                {"error": float(f"{measure.relative_error(got, self.truth(case)):.2e}")}
+                if self.exact(case, got)
+                else {}
+            ),
         }
 
-    def _store(self, case: Case, provider: str, figures: dict[str, Any]) -> None:
+    def exact(self, case: Case, got: Sequence[Tensor]) -> bool:
+        """Whether results are held against float64: not where that is too large, nor a yardstick's, which computes something else."""
+        return case.exact and [t.shape for t in got] == [t.shape for t in self.truth(case)]
+
+    def _store(self, case: Case, provider: str, figures: dict[str, Any], store: bool) -> None:
+        if not store:
+            return
         where = machine.name(case.device)
         row = {
             "op": self.spec.name,

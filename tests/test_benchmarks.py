@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import check, contract_gate, report, results
+from benchmarks import bench_step, check, contract_gate, report, results
 from benchmarks.machine import Peaks
-from benchmarks.suite import Case, Provider, Suite, eager_and_compiled, geometric_mean
+from benchmarks.suite import CHOSEN, Case, Provider, Suite, eager_and_compiled, geometric_mean, library
 from kdops.contrast import reference
 
 
@@ -78,6 +78,56 @@ def test_an_op_whose_contract_is_red_is_not_reported(tmp_path: Path, monkeypatch
     assert contract_gate.refusal("some_op", "kdops.cpu", False) is None
 
 
+def test_a_contract_that_takes_too_long_is_red_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract_gate, "STAMPS", tmp_path)
+    monkeypatch.setattr(contract_gate, "TESTS", [str(tmp_path / "test_green.py")])
+    (tmp_path / "test_green.py").write_text(
+        "import pytest\n\n@pytest.mark.parametrize('case', ['some_op-cpu-x'])\ndef test_01(case):\n    assert True\n"
+    )
+    stamp = tmp_path / "stamp"
+    contract_gate._run("some_op", "cpu", stamp, 0.01)
+    assert stamp.read_text() == "its contract was not done in time"
+    contract_gate._run("some_op", "cpu", stamp, None)
+    assert stamp.read_text() == ""
+
+
+def failing(*args: torch.Tensor, p: int = 1) -> torch.Tensor:
+    raise torch.OutOfMemoryError("Tried to allocate 8 TiB\nand more words")
+
+
+def test_a_provider_that_fails_is_a_row_and_the_others_are_measured() -> None:
+    case = Case("tiny", ((2, 3), (4, 3)), (1,), options=(("p", 1),), rounds=2)
+    suite = Suite(
+        "pairwise_distance", [case], {"eager": Provider(reference.pairwise_distance), "large": Provider(failing)}
+    )
+    assert set(suite.timings(case)) == {"kdops.cpu", "eager"}
+    with pytest.raises(pytest.skip.Exception, match="it failed: Tried to allocate 8 TiB"):
+        suite.row(None, case, "large", True)
+    (stored,) = results.read(next(results.machines()))
+    assert stored["refused"] == "it failed: Tried to allocate 8 TiB"
+    suite.providers["kdops.cpu"] = suite.providers["large"]
+    suite.failures[case, "kdops.cpu"] = "it failed: no kernel"
+    suite.timings = lambda case: {}  # type: ignore[method-assign]
+    with pytest.raises(pytest.fail.Exception, match="no kernel"):  # ours may not fail in silence
+        suite.row(None, case, "kdops.cpu", False)
+
+
+def test_a_library_that_is_not_installed_says_so() -> None:
+    absent = library("no_such_library", lambda: Provider(torch.cdist))
+    assert absent.refusal(Case("any", (), ())) == "no_such_library is not installed"
+    assert absent.device == "cuda"
+    assert library("torch", lambda: Provider(torch.cdist)).refusal(Case("any", (), ())) is None
+
+
+def test_the_command_line_chooses_device_and_providers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CHOSEN, "without", ("max-autotune", "compile"))
+    case = Case("tiny", ((2, 3), (4, 3)), (1,))
+    suite = Suite("pairwise_distance", [case], eager_and_compiled(reference.pairwise_distance))
+    assert [provider for _, provider in suite.rows()] == ["kdops.cpu", "eager"]
+    monkeypatch.setattr(CHOSEN, "device", "cuda")
+    assert Suite("pairwise_distance", [case], eager_and_compiled(reference.pairwise_distance)).rows() == []
+
+
 def test_geometric_mean() -> None:
     assert geometric_mean([1, 4]) == pytest.approx(2)
     assert Provider(torch.cdist).refusal(Case("any", (), ())) is None
@@ -110,6 +160,37 @@ def test_the_page_says_what_was_measured_and_what_was_not(tmp_path: Path, monkey
     drawing = (tmp_path / "pictures" / "here-affinity_distance-time.svg").read_text()
     assert drawing.count("<polyline") == 3  # two providers and the floor
     assert 'data-x="256 1024"' in drawing
+
+
+def test_training_steps_stand_together_and_a_folder_has_a_page_of_its_own(tmp_path: Path) -> None:
+    step = {"shape": "2x3x64x64", "dtype": "float32", "mode": "training step", "spread_ms": "1", "peak_mib": "35.3"}
+    rows = [
+        row(op=f"step:{method}", case=f"{method}, EDSR", provider=provider, median_ms=median, **step)
+        for method in ("skd", "facd")
+        for provider, median in (("kdops.auto", "10.0"), ("reference", "20.0"))
+    ]
+    results.store("here", rows)
+    report.main(tmp_path / "results")
+    page = (tmp_path / "results" / "benchmarks.md").read_text()
+    assert page.count("### ") == 1
+    assert "### Training steps, on here" in page
+    assert "2.00 times faster in geometric mean over 2 cases" in page
+    assert "| skd, EDSR, 2x3x64x64, float32, training step | **kdops.auto** | 10.0 | 1 | 2.00 |  | 35.3 |  |  |" in page
+
+
+def test_a_training_step_is_measured_on_both_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"arch": "edsr", "features": 4, "blocks": 3}
+    monkeypatch.setitem(bench_step.NETWORKS, "tiny", {"task": "sr", "teacher": small, "student": small})
+    case = bench_step.Case("facd", "tiny", 16, 2, rounds=2)
+    found = bench_step.measured(case)
+    assert list(found) == ["kdops.auto", "reference"]
+    assert all(timing.median > 0 for timing, _ in found.values())
+    bench_step.keep("step:facd", case, "kdops.auto", {"median_ms": 1.0}, True)
+    (stored,) = results.read(next(results.machines()))
+    assert (stored["op"], stored["mode"], stored["shape"]) == ("step:facd", "training step", "2x3x16x16")
+    methods = {case.method for case in bench_step.CASES if case.networks == "thin Restormer"}
+    assert {"scratch", "skd", "facd", "dckd"} <= methods
+    assert "dukd" not in methods  # it refuses tasks that keep the size
 
 
 def test_the_check_compares_with_the_fastest_stored_baseline() -> None:

@@ -291,18 +291,22 @@ def _child() -> None:
     seconds = []
     for _ in range(2):  # the first is slower: it makes the optimiser's state and starts the threads
         started = time.perf_counter()
-        with kdops.backend(BACKENDS[point.backend]):
-            with precision(config):
-                batch, _ = make_batch(train_step, config, point)
-                losses = train_step(batch)
-            torch.stack(list(losses.values())).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        training_step(train_step, config, point, optimizer)
         seconds.append(time.perf_counter() - started)
-        del losses, batch
     peak = _process_peak()
     costs, _ = run_parts(train_step, config, point)
     print(json.dumps({"peak": peak, "seconds": seconds[-1], "costs": dataclasses.asdict(costs)}))
+
+
+def training_step(train_step: TrainStep, config: Config, point: Point, optimizer: torch.optim.Optimizer) -> None:
+    """One optimiser step on noise, as training does it."""
+    with kdops.backend(BACKENDS[point.backend]):
+        with precision(config):
+            batch, _ = make_batch(train_step, config, point)
+            losses = train_step(batch)
+        torch.stack(list(losses.values())).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _process_peak() -> int:
