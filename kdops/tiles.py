@@ -42,6 +42,18 @@ def precision() -> str:
     return "tf32x3" if architecture().startswith("cuda") else "ieee"
 
 
+SHORTEST_CHUNK = 256  # positions
+LONGEST_CHUNK = 4096  # bounds the rounding error of one sum
+WAVES = 4  # programs for each multiprocessor, where chunks can be cut so short
+
+
+def chunks(positions: int, programs: int, device: torch.device) -> int:
+    """Into how many chunks a sum over positions is cut, where each chunk is the work of so many programs."""
+    wanted = triton.cdiv(multiprocessors(device) * WAVES, programs)
+    fewest, most = triton.cdiv(positions, LONGEST_CHUNK), triton.cdiv(positions, SHORTEST_CHUNK)
+    return int(max(fewest, min(most, wanted)))
+
+
 @triton.jit
 def widen(values):
     """Values of any supported dtype as float32, exactly."""
@@ -82,6 +94,12 @@ def dot(a, b, precision: tl.constexpr = IEEE):
         a = widen(a)
         b = widen(b)
     return tl.dot(a, b, input_precision=precision)
+
+
+@triton.jit
+def dot_double(a, b):
+    """a (M, K) times b (K, N), both float64 -> (M, N) float64: on tensor cores too, at half to a 64th of the speed of float32."""
+    return tl.dot(a, b, out_dtype=tl.float64)
 
 
 # --- feature maps, in two parts of their channels --------------------------------------------------------------------------------

@@ -34,6 +34,9 @@ if "amd" in backends:
 Calls = Iterator[Callable[[], Any]]
 
 
+CHANNELS = (48, 64, 128, 180, 256, 384, 512)  # of feature maps in practice
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -73,7 +76,7 @@ def spatial_attention(everything: bool) -> Calls:
         yield lambda: ops.spatial_attention_backward(x, x, y, v, x, statistics, None, False, value, not value, value)
 
     yield from calls(180, torch.bfloat16, value=False)
-    for c in (48, 64, 128, 180, 256, 384, 512) if everything else ():
+    for c in CHANNELS if everything else ():
         for dtype in (torch.bfloat16, torch.float32):
             yield from calls(c, dtype, value=False)
             yield from calls(c, dtype, value=True)
@@ -131,12 +134,38 @@ def nss(everything: bool) -> Calls:
             yield from calls(empty(2, 3, 127, 61, dtype=dtype), 31, replicate)  # rows that are not aligned
 
 
+def channel_attention(everything: bool) -> Calls:
+    from kdops.channel_attention import triton as ops
+    from kdops.channel_attention import triton_distance as distances
+
+    def calls(c: int, dtype: torch.dtype) -> Calls:
+        """In both forms of distillation: the teacher queries and is the target, or all inputs are different and trained."""
+        x, y, other, target = (empty(16, c, 64, 64, dtype=dtype) for _ in range(4))
+        attention, grad, close = empty(16, 1, c, c), empty(16), empty(16, dtype=torch.int32)
+        forms = ((None, x, (False, True, False, False)), (other, target, (True,) * 4))
+        for value, wanted, needed in forms if everything else forms[:1]:
+            yield lambda value=value, wanted=wanted: distances.channel_attention_distance(x, y, value, wanted, None, 1)
+            yield lambda value=value, wanted=wanted, needed=needed: distances.channel_attention_distance_backward(
+                grad, attention, attention, close, x, y, value, wanted, None, 1, *needed
+            )
+            if everything:  # else the distance has every kernel
+                yield lambda value=value: ops.channel_attention(x, y, value, None, 1)
+                yield lambda value=value, needed=needed: ops.channel_attention_backward(
+                    x, attention, x, y, value, None, 1, *needed[:3]
+                )
+
+    for c in CHANNELS if everything else (180,):
+        for dtype in (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,):
+            yield from calls(c, dtype)
+
+
 OPS: dict[str, Callable[[bool], Calls]] = {
     "codebook": codebook,
     "contrast": contrast,
     "gaussian": gaussian,
     "nss": nss,
     "spatial_attention": spatial_attention,
+    "channel_attention": channel_attention,
 }
 
 

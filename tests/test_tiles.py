@@ -16,7 +16,7 @@ from kdops import tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.bfloat16, torch.float16)
-KERNELS = sorted((Path(__file__).parents[1] / "kdops").glob("*/triton.py"))
+KERNELS = sorted((Path(__file__).parents[1] / "kdops").glob("*/triton*.py"))
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def forbidden(source: str) -> list[str]:
     return [name for name in names if name in ("tl.dot", "tl.store") or name.startswith("tl.atomic")]
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_kernels_use_tiles(path: Path) -> None:
     found = forbidden(path.read_text())
     assert not found, f"{path} calls {found}: use tiles.dot and tiles.store, and no float atomics"

@@ -29,7 +29,7 @@ def channel_attention(
         value: (B, Ck, *S), whose spatial axes may differ from the key's.
         scale: factor of the logits, 1 / sqrt(N) by default.
         heads: divides Cq and Ck.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         (B, Cq, *S) in the dtype of the query, contiguous. Products accumulate in float32 or better.
@@ -67,8 +67,10 @@ def channel_attention_distance(
 
     d[b] = mean or sum over channels and positions of (channel_attention(query, key, value)[b] - target[b])^2
 
-    Time O(B N Cq Ck / heads), memory O(B Cq Ck / heads) and a tile besides inputs and gradients. The output is formed tile by tile
-    and subtracted there, so the distance is as accurate for a student near its target as for one far away.
+    Time O(B N Cq Ck / heads), memory O(B Cq Ck / heads) and a tile besides inputs and gradients. On a CPU the output is formed
+    tile by tile and subtracted there. On a GPU the distance follows from C x C Gram matrices, and the output is formed (in tiles too) only
+    for samples whose distance is below 1/32 of their target's square, where Grams would cancel. Either way a student near its target is
+    measured as exactly as one far away.
 
     Args:
         query, key, value, scale, heads, backend: as channel_attention. Under autocast everything runs in float32.

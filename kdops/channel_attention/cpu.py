@@ -60,17 +60,24 @@ def channel_attention_backward(
 
 def channel_attention_distance(
     query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int
-) -> tuple[Tensor, Tensor]:
-    """-> distance (B,), attention (B, heads, Cq / heads, Ck / heads)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> distance (B,), attention (B, heads, Cq / heads, Ck / heads); the rest is for the Triton kernels."""
     attention = _attention(query, key, scale, heads)
     value = key if value is None else value
     distance = op("channel_residual")(attention, value.flatten(2), target.flatten(2))
-    return distance.to(attention.dtype), attention
+    return (
+        distance.to(attention.dtype),
+        attention,
+        torch.zeros_like(attention),
+        distance.new_ones(distance.shape, dtype=torch.int32),
+    )
 
 
 def channel_attention_distance_backward(
     grad: Tensor,
     attention: Tensor,
+    _of_attention: Tensor,
+    _close: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,

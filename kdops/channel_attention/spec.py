@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from ..registration import accumulator
 from . import reference
 
 CPU = "kdops.channel_attention.cpu"
+TRITON = {
+    "channel_attention": "kdops.channel_attention.triton",
+    "channel_attention_distance": "kdops.channel_attention.triton_distance",
+}
 NO_DOUBLE_BACKWARD = "attention losses are differentiated once, and kernels have no second formula"
 
 
@@ -32,49 +37,58 @@ def _fake_forward(
 
 def _fake_distance(
     query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     attention = _fake_attention(query, key, heads)
-    return attention.new_empty(query.shape[0]), attention
+    close = attention.new_empty(query.shape[0], dtype=torch.int32)
+    return attention.new_empty(query.shape[0]), attention, torch.empty_like(attention), close
 
 
-def _fake_backward(grad: Tensor, attention: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """args: the inputs (the value may be None), scale, heads, and one `need` for each input."""
-    inputs = args[: (len(args) - 2) // 2]
-    needs = args[len(inputs) + 2 :]
+def _fake_backward(grad: Tensor, *args: Any, inputs: int) -> tuple[Tensor, ...]:
+    """args: statistics, `inputs` inputs (the value may be None), scale, heads, and one `need` for each input."""
+    maps, needs = args[-2 * inputs - 2 : -inputs - 2], args[-inputs:]
     return tuple(
-        torch.empty_like(t) if needed else grad.new_empty(0, dtype=args[0].dtype)
-        for t, needed in zip(inputs, needs, strict=True)
+        torch.empty_like(t) if needed else grad.new_empty(0, dtype=maps[0].dtype)
+        for t, needed in zip(maps, needs, strict=True)
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *maps, ctx.scale, ctx.heads = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], *maps)
+    statistics = output[1:]
+    ctx.mark_non_differentiable(*statistics)
+    ctx.save_for_backward(*statistics, *maps)
 
 
 def _backward(op: registration.Op) -> Callable[..., Any]:
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        attention, *maps = ctx.saved_tensors
-        needs = ctx.needs_input_grad[: len(maps)]
-        gradients = op(grad, attention, *maps, ctx.scale, ctx.heads, *needs)
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[:-2]  # the last two are scale and heads
+        gradients = op(grad, *ctx.saved_tensors, ctx.scale, ctx.heads, *needs)
         return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None
 
     return backward
 
 
-def _declare(name: str, fake: Callable[..., Any], maps: tuple[str, ...]) -> None:
+def _declare(name: str, fake: Callable[..., Any], maps: tuple[str, ...], statistics: tuple[str, ...]) -> None:
     inputs = ", ".join("Tensor? value" if m == "value" else f"Tensor {m}" for m in maps) + ", float? scale, int heads"
+    results = ", ".join("Tensor" for _ in ("result", *statistics))
+    registration.define(name, f"({inputs}) -> ({results})", fake, TRITON[name], CPU)
+    saved = ", ".join(f"Tensor {s}" for s in statistics)
     needs = ", ".join(f"bool need_{m}" for m in maps)
     gradients = ", ".join("Tensor" for _ in maps)
-    registration.define(name, f"({inputs}) -> (Tensor, Tensor)", fake, cpu_module=CPU)
-    schema = f"(Tensor grad, Tensor attention, {inputs}, {needs}) -> ({gradients})"
-    registration.define(f"{name}_backward", schema, _fake_backward, cpu_module=CPU)
+    schema = f"(Tensor grad, {saved}, {inputs}, {needs}) -> ({gradients})"
+    registration.define(f"{name}_backward", schema, partial(_fake_backward, inputs=len(maps)), TRITON[name], CPU)
     registration.differentiate(name, _setup_context, _backward, NO_DOUBLE_BACKWARD)
 
 
-_declare("channel_attention", _fake_forward, ("query", "key", "value"))
-_declare("channel_attention_distance", _fake_distance, ("query", "key", "value", "target"))
+_declare("channel_attention", _fake_forward, ("query", "key", "value"), ("attention",))
+# With the residual R = attention @ value - target: of_attention is R value^T, and `close` marks the samples whose R is so small beside the
+# target that R value^T is to be formed again (kdops/channel_attention/triton.py says why).
+_declare(
+    "channel_attention_distance",
+    _fake_distance,
+    ("query", "key", "value", "target"),
+    ("attention", "of_attention", "close"),
+)
 
 
 # --- costs -----------------------------------------------------------------------------------------------------------------------
@@ -167,6 +181,7 @@ def register(function: Callable[..., Any]) -> None:
             function=function,
             backends=(
                 Backend("cpu", _first(registration.op(name)), dispatch.supports_cpu),
+                Backend("triton", _first(registration.op(name, "_triton")), dispatch.supports_triton),
                 Backend("reference", getattr(reference, name), dispatch.supports_reference),
             ),
             samples=tuple(map(_with_target, _SAMPLES)) if distance else _SAMPLES,

@@ -15,7 +15,10 @@ import kdops
 import kdops.nn
 from tests.contract import RecordOps, relative_error
 
-BACKENDS = [b for b, said in kdops.explain("channel_attention", torch.zeros(1, 1, 1)).items() if said.startswith("yes")]
+ONE = torch.zeros(
+    1, 1, 1, dtype=torch.float64
+)  # what takes float64; tests/ops/test_channel_attention_triton.py has the rest
+BACKENDS = [b for b, said in kdops.explain("channel_attention", ONE).items() if said.startswith("yes")]
 KERNELS = [b for b in BACKENDS if b != "reference"]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_kernel = pytest.mark.parametrize("backend", KERNELS)
@@ -191,6 +194,20 @@ def test_compiles_with_a_scale(backend: str) -> None:
         return kdops.channel_attention(*tensors, scale=0.25, heads=2, backend=backend)
 
     torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(*maps), run(*maps))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("cpu" not in KERNELS, reason="needs the CPU kernels")
+def test_more_than_2_to_the_31_elements() -> None:
+    """64-bit offsets: what counts lies in the last channel of the key, which begins beyond 2^31 elements."""
+    channels, positions = 512, 2**22 + 8192
+    key = torch.zeros(1, channels, positions, dtype=torch.bfloat16)
+    key[0, -1, -1] = 100.0
+    query = torch.zeros(1, 1, positions, dtype=torch.bfloat16)
+    query[0, 0, -1] = 1.0
+    out = kdops.channel_attention(query, key, key, scale=1.0, backend="cpu")
+    assert out[0, 0, -1].item() == 100.0
+    assert not out[..., :-1].any()
 
 
 def test_modules_are_the_functions() -> None:

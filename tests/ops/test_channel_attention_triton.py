@@ -1,0 +1,191 @@
+"""The Triton kernels of channel attention and its distance against float64, on a GPU or in the interpreter (so with small shapes)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+import kdops
+from kdops import tiles
+from kdops.channel_attention import triton_distance as kernels
+from tests.contract import RecordOps, relative_error
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = {torch.float32: 2**-23, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
+
+
+def results(
+    maps: list[Tensor], backend: str, dtype: torch.dtype, distance: bool, heads: int = 1, grad_seed: int = 9
+) -> list[Tensor]:
+    """The result, and the gradients of the maps; a map that occurs twice in the list is one tensor."""
+    own: dict[int, Tensor] = {}
+    given = [own.setdefault(id(t), t.detach().to(dtype).requires_grad_()) for t in maps]
+    function = kdops.channel_attention_distance if distance else kdops.channel_attention
+    out = function(*given, heads=heads, backend=backend)
+    upstream = drawn(*out.shape, seed=grad_seed).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, list(own.values()), upstream)]
+
+
+def check(maps: list[Tensor], dtype: torch.dtype, distance: bool, heads: int = 1, floor: float = 8) -> None:
+    """At most three times as far from float64 as eager torch in the same dtype, and a few roundings."""
+    maps_given: dict[int, Tensor] = {}
+    rounded = [maps_given.setdefault(id(t), t.to(dtype)) for t in maps]
+    mine = results(rounded, "triton", dtype, distance, heads)
+    eager = results(rounded, "reference", dtype, distance, heads)
+    exact = results(rounded, "reference", torch.float64, distance, heads)
+    for m, e, truth in zip(mine, eager, exact, strict=True):
+        assert m.dtype == dtype
+        assert relative_error(m, truth) <= 3 * relative_error(e, truth) + floor * EPS[dtype]
+
+
+FORMS = {
+    "all": (0, 1, 2, 3),
+    "teacher queries": (0, 1, 1, 0),
+    "key is value": (0, 1, 1, 3),
+    "target is query": (0, 1, 2, 0),
+}
+
+
+@pytest.mark.slow
+@settings(max_examples=25)
+@given(
+    form=st.sampled_from(sorted(FORMS)),
+    distance=st.booleans(),
+    b=st.integers(1, 2),
+    heads=st.sampled_from([1, 2]),
+    channels=st.tuples(st.sampled_from([1, 5, 16, 33, 70]), st.sampled_from([1, 3, 24, 67])),
+    n=st.sampled_from([1, 2, 31, 64, 130]),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape(
+    form: str, distance: bool, b: int, heads: int, channels: tuple[int, int], n: int, dtype: torch.dtype
+) -> None:
+    cq, ck = (heads * c for c in channels)
+    maps = [drawn(b, c, n, seed=i) for i, c in enumerate((cq, ck, ck, cq))]
+    check([maps[i] for i in FORMS[form][: 4 if distance else 3]], dtype, distance, heads)
+
+
+@pytest.mark.parametrize(
+    "form", ["all", *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS if form != "all")]
+)
+def test_many_chunks(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums over positions that several programs share; the last chunk is short."""
+    monkeypatch.setattr(tiles, "SHORTEST_CHUNK", 32)
+    monkeypatch.setattr(tiles, "WAVES", 20)
+    maps = [drawn(2, c, 10, 13, seed=i) for i, c in enumerate((12, 20, 20, 12))]
+    chosen = [maps[i] for i in FORMS[form]]
+    check(chosen, torch.float32, True)
+    check(chosen[:3], torch.float32, False)
+
+
+def near(maps: list[Tensor], difference: float) -> Tensor:
+    """A target that differs from the attention of the maps by this part."""
+    out = kdops.channel_attention(*maps, backend="reference")
+    return out * (1 + difference * drawn(*out.shape, seed=7))
+
+
+@pytest.mark.parametrize("difference", [0.3, 1e-2, 1e-4])
+@pytest.mark.parametrize("form", ["all", "key is value"])
+def test_networks_close_by(difference: float, form: str) -> None:
+    """Student and target that differ by 30 %, 1 % and 0.01 %: as exact as eager torch, which forms the output."""
+    maps = [drawn(3, c, 9, 11, seed=i) for i, c in enumerate((12, 20, 20))]
+    maps = [maps[i] for i in FORMS[form][:3]]
+    check([*maps, near(maps, difference)], torch.float32, True)
+
+
+def test_only_close_samples_take_the_direct_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sample of three is close: it alone is marked, and without the direct form it alone would be wrong."""
+    maps = [drawn(3, 8, 50, seed=i).float() for i in range(3)]
+    target = near([t.double() for t in maps], 1.0).float()
+    target[1] = near([t.double() for t in maps], 1e-4)[1].float()
+    exact = kdops.channel_attention_distance(
+        *(t.double() for t in (*maps, target)), backend="reference", statistic="sum"
+    )
+    distance, _, _, close = kernels.channel_attention_distance(*maps, target, None, 1)
+    assert close.tolist() == [0, 1, 0]
+    torch.testing.assert_close(distance.double(), exact, rtol=1e-3, atol=0)
+    monkeypatch.setattr(kernels, "CLOSE", -1.0)
+    distance, _, _, close = kernels.channel_attention_distance(*maps, target, None, 1)
+    assert not close.any()
+    torch.testing.assert_close(distance[::2].double(), exact[::2], rtol=1e-5, atol=0)
+    assert abs(float(distance[1]) - float(exact[1])) > 1e-2 * float(exact[1])
+
+
+def test_gradients_of_close_and_far_samples_in_one_batch() -> None:
+    maps = [drawn(3, 8, 50, seed=i) for i in range(2)]
+    target = near([maps[0], maps[1], maps[1]], 1.0)
+    target[1] = near([maps[0], maps[1], maps[1]], 1e-3)[1]
+    mine, exact = (
+        results([maps[0].float(), key := maps[1].float(), key, target.float()], backend, dtype, True)
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64))
+    )
+    for m, truth in zip(mine, exact, strict=True):
+        for sample in range(3):
+            assert relative_error(m[sample], truth[sample]) < (5e-3 if sample == 1 else 1e-5)
+
+
+def test_the_residual_is_not_formed_for_far_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the direct kernels leave behind is not used: garbage there changes nothing."""
+    maps = [drawn(2, 6, 40, seed=i).float() for i in range(4)]
+    before = results(maps, "triton", torch.float32, True)
+    form = kernels._launch_residual_sums
+
+    def spoilt(*args: object, **kwargs: object) -> Tensor:
+        return torch.full_like(form(*args, **kwargs), float("nan"))  # type: ignore[arg-type]  # passed through
+
+    monkeypatch.setattr(kernels, "_launch_residual_sums", spoilt)
+    for mine, first in zip(results(maps, "triton", torch.float32, True), before, strict=True):
+        assert torch.equal(mine, first)
+
+
+@pytest.mark.parametrize("distance", [False, True])
+def test_channels_last_is_read_without_a_copy(distance: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = [drawn(2, 6, 5, 7, seed=i).float() for i in range(4)][: 3 + distance]
+    plain = results(maps, "triton", torch.float32, distance)
+    last = [t.contiguous(memory_format=torch.channels_last) for t in maps]
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "contiguous", lambda *_, **__: pytest.fail("a copy was made"))
+        moved = results(last, "triton", torch.float32, distance)
+    for mine, first in zip(moved, plain, strict=True):
+        torch.testing.assert_close(mine, first)
+
+
+def test_forward_keeps_only_small_matrices() -> None:
+    """Nothing of the size of a map is a result of the distance's forward pass."""
+    maps = [drawn(1, 4, 1, 500, seed=i).float().requires_grad_() for i in range(4)]
+    with RecordOps() as ops:
+        kdops.channel_attention_distance(*maps, backend="triton")
+    (_, _, out), *_ = ops.calls
+    assert max(t.numel() for t in out) == 16
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements() -> None:
+    """64-bit offsets in products of both kinds and in the direct form: what counts lies beyond 2^31 elements."""
+    channels, positions = 512, 2**22 + 8192
+    key = torch.zeros(1, channels, positions, dtype=torch.bfloat16, device=DEVICE)
+    key[0, -1, -1] = 100.0
+    key.requires_grad_()
+    query = torch.zeros(1, 1, positions, dtype=torch.bfloat16, device=DEVICE)
+    query[0, 0, -1] = 1.0
+    out = kdops.channel_attention(query, key, key, scale=1.0, backend="triton")
+    assert out[0, 0, -1].item() == 100.0
+    assert not out[..., :-1].any()
+    target = out.detach().clone()
+    target[0, 0, -1] = 99.0  # close by
+    distance = kdops.channel_attention_distance(query, key, key, target, scale=1.0, statistic="sum", backend="triton")
+    assert distance.item() == 1.0
+    (gradient,) = torch.autograd.grad(distance.sum(), key)
+    assert gradient[0, -1, -1].item() == 2.0
+    assert not gradient[..., :-1].any()
