@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 KERNELS := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/*/*.h)
 DEMO   := runs/demo
+# A process for each core, one thread in each: most of the time goes into Triton's interpreter, which has one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-all lint contract bench docs clean
 
@@ -12,10 +14,10 @@ demo: $(VENV)/.installed
 	$(BIN)/kdtrain compare --recipe demo --methods facd --out $(DEMO)
 
 test: $(VENV)/.installed
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-all: $(VENV)/.installed
-	$(BIN)/pytest --slow
+	$(PYTEST) --slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
