@@ -157,7 +157,8 @@ def _over_flat_tensors(overload: Op, setup_context: Callable[..., None], backwar
 def _lazy(module: str, function: str) -> Op:
     def call(*args: Any) -> Any:
         kernel = getattr(importlib.import_module(module), function)
-        device = (args[0][0] if isinstance(args[0], list) else args[0]).device
+        given = (t for a in args for t in (a if isinstance(a, list) else [a]))
+        device = next(t.device for t in given if isinstance(t, Tensor))  # an upstream gradient may be None
         if device.type == "cuda":
             with torch.cuda.device(device):
                 return kernel(*args)
