@@ -74,7 +74,7 @@ bench "pairwise_distance" 40 contrast --without eager,max-autotune
 bench "codebook_cross_entropy" 50 codebook --without eager,max-autotune
 bench "channel_attention" 40 channel_attention --without eager,max-autotune
 bench "gaussian_distance" 30 gaussian --without eager,max-autotune
-if [ -f benchmarks/bench_nss.py ]; then bench "mscn" 30 nss --without eager,max-autotune; fi
+bench "mscn" 30 nss --without eager,max-autotune
 bench "training step, SKD" 45 step -k "skd"
 bench "spatial_attention, growing N" 45 spatial_attention --without eager,compile,max-autotune,flex -k "growing"
 bench "affinity_distance" 30 affinity --without eager,max-autotune
