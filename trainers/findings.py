@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainers import report
 from trainers.alike import BASELINES, differences
+from trainers.fields import TEACHER
 from trainers.paired import Paired, paired
 from trainers.results import Arm
 
@@ -75,8 +76,10 @@ def _facts(arm: Arm) -> dict[str, Any]:
 
 
 def references(arms: Sequence[Arm]) -> list[Arm]:
-    """The arms that others are judged by: scratch and output, one of each."""
-    found = {arm.method: arm for arm in reversed(arms) if arm.method in BASELINES}
+    """The arms that others are judged by: scratch and output, one of each, from random weights where there is such a one."""
+    sliced = [arm for arm in arms if arm.first.settings.get("student", {}).get("weights") == TEACHER]
+    fresh_last = [*sliced, *reversed([arm for arm in arms if arm not in sliced])]
+    found = {arm.method: arm for arm in fresh_last if arm.method in BASELINES}
     return [found[method] for method in BASELINES if method in found]
 
 

@@ -254,6 +254,15 @@ def test_runs_of_one_method_with_other_settings_are_told_apart_by_name(fake_run,
     assert list(result([*runs, fake_run("scratch")], tmp_path / "out")["arms"]) == ["scratch", "weak", "strong"]
 
 
+def test_scratch_is_the_judge_and_not_its_sliced_start(fake_run, tmp_path: Path) -> None:
+    runs = [fake_run("scratch", folder=f"{name}-seed0") for name in ("sliced", "scratch")]
+    settings = {"name": "sliced-seed0", "method": {"name": "scratch"}, "student": {"weights": "teacher"}}
+    (runs[0] / "config.yaml").write_text(yaml.safe_dump(settings))
+    found = result([*runs, fake_run("facd")], tmp_path / "out")
+    assert set(found["arms"]) == {"scratch", "sliced", "facd"}
+    assert set(found["paired"]["photos"]["facd"]) == {"scratch"}
+
+
 def test_a_seed_that_was_run_twice_is_no_spread(fake_run, tmp_path: Path) -> None:
     found = result([fake_run("facd", folder="one"), fake_run("facd", folder="two")], tmp_path / "out")
     assert list(found["arms"]) == ["one", "two"]
