@@ -24,6 +24,15 @@ struct Sizes {
   int64_t column_panels() const {
     return panels(columns, kColumns);
   }
+  // Whether forward keeps the logits for backward: where they are fewer numbers than query and key have
+  // (kdops/spatial_attention/spec.py).
+  bool keep_logits() const {
+    return rows * columns <= (rows + columns) * channels;
+  }
+  // Numbers of one sample's logits, [N / 6][N / 16][6][16].
+  int64_t logits() const {
+    return row_panels() * column_panels() * kRows * kColumns;
+  }
   // Numbers that one sample has in the packed layouts.
   int64_t packed_columns(int64_t c) const {
     return column_panels() * kColumns * c;
@@ -51,13 +60,16 @@ Buffer<T> padded_statistics(const T* statistics, int64_t batches, int64_t count,
   return copy;
 }
 
-// result(row, channel) = numbers[row * pitch + channel] * factors[row]
+// result(row, channel) = numbers[row * pitch + channel] * factors[row]; few rows at a time, which stay in the L1 cache
 template <typename scalar_t, typename T>
 KDOPS_CLONED void scatter(const T* numbers, int64_t pitch, const T* factors, int64_t rows, int64_t channels,
                           scalar_t* result, int64_t row_stride, int64_t channel_stride) {
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t i = 0; i < rows; ++i)
-      narrow(numbers[i * pitch + c] * factors[i], result[i * row_stride + c * channel_stride]);
+  for (int64_t begin = 0; begin < rows; begin += kColumns) {
+    const int64_t end = std::min(begin + kColumns, rows);
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = begin; i < end; ++i)
+        narrow(numbers[i * pitch + c] * factors[i], result[i * row_stride + c * channel_stride]);
+    }
   }
 }
 

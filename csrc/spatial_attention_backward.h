@@ -21,10 +21,11 @@ constexpr int64_t kShortestGroup = 8;         // column panels of such a task
 constexpr int64_t kFactors = (kBlockPanels * kRows + 1) * kColumns;
 
 template <typename T>
-struct Operands {  // of one sample, packed
-  const T* query_rows;
+struct Operands {          // of one sample, packed
+  const T* logits;         // null where forward has not kept them
+  const T* query_rows;     // where the logits are not kept, or the key needs a gradient
   const T* grad_rows;  // of the result
-  const T* key_columns;
+  const T* key_columns;    // where the logits are not kept, or the key is the value
   const T* key_channels;  // only where the query needs a gradient
   const T* value_columns;
   const T* statistics;
@@ -72,9 +73,13 @@ KDOPS_INLINE void row_panel_gradients(const Operands<T>& from, const Sizes& size
     const int64_t at = (panel - first) * kFactors;
     const bool whole = row + kRows <= sizes.rows && (panel + 1) * kColumns <= sizes.columns;
     Block<T> weight;
-    clear(weight);
-    multiply_add<1, 1>(weight, from.query_rows + row * channels, kRows, sizes.channels,
-                       from.key_columns + panel * sizes.channels * kColumns);
+    if (from.logits) {
+      load(weight, from.logits + (row_panel * sizes.column_panels() + panel) * kRows * kColumns, kColumns);
+    } else {
+      clear(weight);
+      multiply_add<1, 1>(weight, from.query_rows + row * channels, kRows, sizes.channels,
+                         from.key_columns + panel * sizes.channels * kColumns);
+    }
     subtract_and_exponentiate<T, OverRows>(weight, from.statistics + statistic);
     if (!whole) mask(weight, sizes.rows - row, sizes.columns - panel * kColumns);
     store(weight, weights + at, kColumns);
@@ -187,12 +192,12 @@ template <typename scalar_t, typename T>
 void write_columns(const T* sums, const Map& to, int64_t batch, int64_t first, int64_t count) {
   const int64_t channels = padded(to.channels, kRows);
   scalar_t* const result = data<scalar_t>(to.tensor) + batch * to.batch_stride;
-  for (int64_t panel = 0; panel < count; ++panel) {
-    const int64_t begin = (first + panel) * kColumns, columns = std::min(kColumns, to.positions - begin);
-    const T* const from = sums + panel * channels * kColumns;
-    for (int64_t c = 0; c < to.channels; ++c) {
+  for (int64_t c = 0; c < to.channels; ++c) {
+    for (int64_t panel = 0; panel < count; ++panel) {
+      const int64_t begin = (first + panel) * kColumns, columns = std::min(kColumns, to.positions - begin);
+      const T* const from = sums + (panel * channels + c) * kColumns;
       for (int64_t j = 0; j < columns; ++j) {
-        narrow(from[c * kColumns + j], result[c * to.channel_stride + (begin + j) * to.position_stride]);
+        narrow(from[j], result[c * to.channel_stride + (begin + j) * to.position_stride]);
       }
     }
   }
@@ -234,14 +239,20 @@ template <typename scalar_t, bool OverRows>
 class PackedOperands {
   using T = Accumulator<scalar_t>;
   const Sizes& sizes;
+  const T* const logits;
   const Buffer<T> query_rows, grad_rows, key_columns, key_channels, value_columns, statistics, delta;
 
  public:
-  PackedOperands(const Sizes& sizes, const Given& given, const T* statistics, T scale, bool need_query)
+  PackedOperands(const Sizes& sizes, const Given& given, const T* statistics, const T* logits, T scale, bool need_query,
+                 bool need_key)
       : sizes(sizes),
-        query_rows(packed_positions<kRows, scalar_t>(given.query, padded(sizes.channels, kRows), scale)),
+        logits(logits),
+        query_rows(logits && !need_key
+                       ? nullptr
+                       : packed_positions<kRows, scalar_t>(given.query, padded(sizes.channels, kRows), scale)),
         grad_rows(packed_positions<kRows, scalar_t>(given.grad, padded(sizes.value_channels, kRows))),
-        key_columns(packed_positions<kColumns, scalar_t>(given.key, sizes.channels)),
+        key_columns(logits && !given.shared ? nullptr
+                                            : packed_positions<kColumns, scalar_t>(given.key, sizes.channels)),
         key_channels(need_query ? packed_channels<scalar_t>(given.key) : nullptr),
         value_columns(given.shared ? nullptr : packed_positions<kColumns, scalar_t>(given.value, sizes.value_channels)),
         statistics(OverRows ? padded_statistics(statistics, sizes.batches, sizes.columns, kColumns)
@@ -252,8 +263,9 @@ class PackedOperands {
 
   Operands<T> of(int64_t batch) const {
     const int64_t rows = batch * sizes.row_panels() * kRows, columns = batch * sizes.column_panels() * kColumns;
-    const T* const keys = key_columns.get() + columns * sizes.channels;
-    return {query_rows.get() + rows * padded(sizes.channels, kRows),
+    const T* const keys = key_columns ? key_columns.get() + columns * sizes.channels : nullptr;
+    return {logits ? logits + batch * sizes.logits() : nullptr,
+            query_rows ? query_rows.get() + rows * padded(sizes.channels, kRows) : nullptr,
             grad_rows.get() + rows * padded(sizes.value_channels, kRows),
             keys,
             key_channels ? key_channels.get() + batch * sizes.packed_channels(sizes.channels) : nullptr,
@@ -265,11 +277,11 @@ class PackedOperands {
 
 template <typename scalar_t, bool OverRows>
 void gradients(const Sizes& sizes, const Given& given, const Accumulator<scalar_t>* statistics,
-               Accumulator<scalar_t> scale, const Wanted& wanted) {
+               const Accumulator<scalar_t>* logits, Accumulator<scalar_t> scale, const Wanted& wanted) {
   using T = Accumulator<scalar_t>;
   const bool need_query = wanted.query.has_value(), need_key = wanted.key.has_value();
   const bool want_logits = need_query || need_key, want_value = wanted.value || (given.shared && need_key);
-  const PackedOperands<scalar_t, OverRows> packed(sizes, given, statistics, scale, need_query);
+  const PackedOperands<scalar_t, OverRows> packed(sizes, given, statistics, logits, scale, need_query, need_key);
 
   const int64_t numbers = 3 * sizes.channels + 2 * sizes.value_channels;  // packed and summed, of each column
   const int64_t tile = tile_panels<T>(kBackwardTile, numbers, sizes.column_panels());

@@ -24,10 +24,10 @@ struct RowState {
 };
 
 // Logits of 6 rows and a tile, [panel][6][16]; columns that do not exist are -infinity. Returns the maximum of each row
-// in `maximum`.
+// in `maximum`, and in `kept`, unless that is null, the logits once more.
 template <typename T>
 KDOPS_INLINE void tile_logits(const T* query, const T* keys, int64_t channels, int64_t count, int64_t columns,
-                              T* logits, T* maximum) {
+                              T* logits, T* kept, T* maximum) {
   constexpr T kNothing = -std::numeric_limits<T>::infinity();
   Vector<T> largest[kRows];
   for (int64_t i = 0; i < kRows; ++i) largest[i] = Vector<T>{} + kNothing;
@@ -37,6 +37,7 @@ KDOPS_INLINE void tile_logits(const T* query, const T* keys, int64_t channels, i
     multiply_add<1, 1>(block, query, kRows, channels, keys + panel * channels * kColumns);
     T* const to = logits + panel * kRows * kColumns;
     store(block, to, kColumns);
+    if (kept) store(block, kept + panel * kRows * kColumns, kColumns);
     if (columns < (panel + 1) * kColumns) {
       for (int64_t i = 0; i < kRows; ++i) {
         std::fill(to + i * kColumns + columns % kColumns, to + (i + 1) * kColumns, kNothing);
@@ -92,7 +93,7 @@ KDOPS_INLINE void tile_column_weights(T* logits, int64_t count, const T* statist
 // A block of `count` row panels against all columns.
 template <typename T, Normalize Over>
 KDOPS_CLONED void attend(const T* query, const T* keys, const T* values, const T* statistics, const Sizes& sizes,
-                         int64_t count, int64_t tile, T* weights, RowState<T> state) {
+                         int64_t count, int64_t tile, T* weights, T* kept, RowState<T> state) {
   const int64_t channels = sizes.channels, value_panels = panels(sizes.value_channels, kColumns);
   const int64_t pitch = value_panels * kColumns, positions = sizes.column_panels() * kColumns;
   std::fill(state.weighted, state.weighted + count * kRows * pitch, T(0));
@@ -105,7 +106,8 @@ KDOPS_CLONED void attend(const T* query, const T* keys, const T* values, const T
       T* const sum = state.sum + panel * kRows;
       T shrink[kRows], highest[kRows], added[kRows];
       tile_logits(query + panel * channels * kRows, keys + first * channels * kColumns, channels, here,
-                  sizes.columns - first * kColumns, weights, highest);
+                  sizes.columns - first * kColumns, weights,
+                  kept ? kept + (panel * sizes.column_panels() + first) * kRows * kColumns : nullptr, highest);
       if constexpr (Over == Normalize::kColumns) {
         tile_column_weights(weights, here, statistics + first * kColumns);
         std::fill(shrink, shrink + kRows, T(1));
@@ -138,11 +140,12 @@ KDOPS_CLONED void attend(const T* query, const T* keys, const T* values, const T
 }
 
 // Streams all columns past every row. With `out` the weighted values are written there; with `statistics_out` the
-// logarithm of each row's sum. `column_statistics` (padded to 16 in every sample) makes the softmax one over the rows.
+// logarithm of each row's sum, with `kept` the logits. `column_statistics` (padded to 16 in every sample) makes the
+// softmax one over the rows.
 template <typename scalar_t, Normalize Over>
 void attend_all(const Sizes& sizes, const Accumulator<scalar_t>* rows, const Accumulator<scalar_t>* columns,
-                const Accumulator<scalar_t>* values, const Accumulator<scalar_t>* column_statistics, scalar_t* out,
-                Accumulator<scalar_t>* statistics_out) {
+                const Accumulator<scalar_t>* values, const Accumulator<scalar_t>* column_statistics,
+                Accumulator<scalar_t>* kept, scalar_t* out, Accumulator<scalar_t>* statistics_out) {
   using T = Accumulator<scalar_t>;
   const int64_t blocks = panels(sizes.row_panels(), kBlockPanels), block_rows = kBlockPanels * kRows;
   const int64_t pitch = padded(sizes.value_channels, kColumns), columns_padded = sizes.column_panels() * kColumns;
@@ -157,7 +160,9 @@ void attend_all(const Sizes& sizes, const Accumulator<scalar_t>* rows, const Acc
     attend<T, Over>(rows + (batch * sizes.row_panels() + panel) * sizes.channels * kRows,
                     columns + batch * sizes.packed_columns(sizes.channels),
                     values + batch * sizes.packed_channels(sizes.value_channels),
-                    column_statistics + batch * columns_padded, sizes, count, tile, weights, state);
+                    column_statistics + batch * columns_padded, sizes, count, tile, weights,
+                    kept ? kept + batch * sizes.logits() + panel * sizes.column_panels() * kRows * kColumns : nullptr,
+                    state);
     for (int64_t i = 0; i < here; ++i) {
       if (statistics_out) statistics_out[batch * sizes.rows + first + i] = state.maximum[i] + std::log(state.sum[i]);
       state.sum[i] = Over == Normalize::kColumns ? T(1) : 1 / state.sum[i];

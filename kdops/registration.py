@@ -21,16 +21,23 @@ Op = Callable[..., Any]
 
 
 def define(
-    name: str, schema: str, fake: Callable[..., Any], triton_module: str | None = None, cpu_module: str | None = None
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    triton_module: str | None = None,
+    cpu_module: str | None = None,
+    triton_fake: Callable[..., Any] | None = None,
 ) -> None:
     """Declare `kdops::<name>` with `schema` (what follows the name) and the fake `fake`, and `kdops::<name>_triton` with the same.
+
+    `triton_fake` is the fake of the latter where it keeps something else for backward.
 
     Implementations in Python are the function `name` of `triton_module` and of `cpu_module`, imported at their first call.
     Without `triton_module` there is no operator with that suffix; without `cpu_module` the CPU's implementation is in C++.
     """
     for suffix in ("", "_triton") if triton_module else ("",):
         LIBRARY.define(f"{name}{suffix}{schema}")
-        torch.library.register_fake(f"kdops::{name}{suffix}", fake, lib=LIBRARY)
+        torch.library.register_fake(f"kdops::{name}{suffix}", (suffix and triton_fake) or fake, lib=LIBRARY)
         _suffixes.setdefault(name, []).append(suffix)
     if triton_module:
         for key in ("CPU", "CUDA"):

@@ -71,9 +71,10 @@ def spatial_attention(everything: bool) -> Calls:
     def calls(c: int, dtype: torch.dtype, value: bool) -> Calls:
         """Forward and backward: the teacher queries, or the student does and is its own value."""
         x, y, statistics = empty(2, c, 64, 64, dtype=dtype), empty(2, c, 64, 64, dtype=dtype), empty(2, 4096)
+        logits = empty(0)
         v = x if value else None
         yield lambda: ops.spatial_attention(x, y, v, None, False)
-        yield lambda: ops.spatial_attention_backward(x, x, y, v, x, statistics, None, False, value, not value, value)
+        yield lambda: ops.spatial_attention_backward(x, x, y, v, x, statistics, logits, None, False, value, not value, value)
 
     yield from calls(180, torch.bfloat16, value=False)
     for c in CHANNELS if everything else ():

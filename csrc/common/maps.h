@@ -66,19 +66,24 @@ struct MapGradient {
   }
 };
 
-// One panel [channels][Width] of positions; `count` of them exist, the rest and the channels up to `padded_channels`
-// are zero.
+// Panels [padded_channels][Width] of `count` positions; what does not exist is zero.
 template <int64_t Width, typename scalar_t, typename T>
 KDOPS_CLONED void pack_positions(const scalar_t* from, int64_t channel_stride, int64_t position_stride,
                                  int64_t channels, int64_t padded_channels, int64_t count, T factor, T* to) {
-  const bool whole = count == Width;
-  std::fill(to + (whole ? channels : 0) * Width, to + padded_channels * Width, T(0));
-  for (int64_t c = 0; c < channels; ++c, from += channel_stride, to += Width) {
-    if (whole && position_stride == 1) {
-      for (int64_t i = 0; i < Width; ++i) to[i] = factor * widen(from[i]);
-    } else {
-      for (int64_t i = 0; i < count; ++i) to[i] = factor * widen(from[i * position_stride]);
+  const int64_t size = padded_channels * Width, whole = position_stride == 1 ? count / Width : 0;
+  for (int64_t c = 0; c < channels; ++c, from += channel_stride) {
+    T* at = to + c * Width;
+    for (int64_t panel = 0; panel < whole; ++panel, at += size) {
+      for (int64_t i = 0; i < Width; ++i) at[i] = factor * widen(from[panel * Width + i]);
     }
+    for (int64_t begin = whole * Width; begin < count; begin += Width, at += size) {
+      const int64_t here = std::min(Width, count - begin);
+      for (int64_t i = 0; i < here; ++i) at[i] = factor * widen(from[(begin + i) * position_stride]);
+      for (int64_t i = here; i < Width; ++i) at[i] = 0;
+    }
+  }
+  for (int64_t begin = 0; begin < count; begin += Width, to += size) {
+    std::fill(to + channels * Width, to + size, T(0));
   }
 }
 
@@ -88,14 +93,17 @@ Buffer<Accumulator<scalar_t>> packed_positions(const Map& map, int64_t padded_ch
                                                Accumulator<scalar_t> factor = 1) {
   using T = Accumulator<scalar_t>;
   const int64_t count = panels(map.positions, Width), size = padded_channels * Width;
+  // Where positions are neighbours in memory, several panels at once read whole lines of each channel.
+  const int64_t most = map.position_stride == 1 ? 8 : 1, groups = panels(count, most);
   Buffer<T> packed = allocate<T>(map.batches * count * size);
   const auto* values = const_data<scalar_t>(map.tensor);
-  torch::stable::parallel_for(0, map.batches * count, 16, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, map.batches * groups, 16 / most, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % count * Width;
-      const scalar_t* from = values + task / count * map.batch_stride + first * map.position_stride;
-      pack_positions<Width>(from, map.channel_stride, map.position_stride, map.channels, padded_channels,
-                            std::min(Width, map.positions - first), factor, packed.get() + task * size);
+      const int64_t batch = task / groups, panel = task % groups * most, first = panel * Width;
+      pack_positions<Width>(values + batch * map.batch_stride + first * map.position_stride, map.channel_stride,
+                            map.position_stride, map.channels, padded_channels,
+                            std::min(most * Width, map.positions - first), factor,
+                            packed.get() + (batch * count + panel) * size);
     }
   });
   return packed;

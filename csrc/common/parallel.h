@@ -6,24 +6,70 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #include <new>
+#include <utility>
+#include <vector>
 
 namespace kdops {
 
-struct AlignedDelete {
+// Memory that this thread's last calls gave back, for its next ones: the kernel's work for each page of fresh memory costs
+// more than what small problems do with it.
+class Reserve {
+  static constexpr size_t kMost = size_t(16) << 20;  // bytes; larger problems hardly notice the pages
+  std::vector<std::pair<size_t, void*>> blocks;      // the last given back is at the end
+  size_t held = 0;
+
+ public:
+  static Reserve& mine() {
+    static thread_local Reserve reserve;
+    return reserve;
+  }
+
+  // At least `bytes`, aligned to a cache line; `bytes` becomes what there is.
+  void* take(size_t& bytes) {
+    for (auto block = blocks.rbegin(); block != blocks.rend(); ++block) {
+      if (block->first < bytes || block->first > 2 * bytes) continue;
+      void* const memory = block->second;
+      bytes = block->first;
+      held -= bytes;
+      blocks.erase(std::next(block).base());
+      return memory;
+    }
+    return ::operator new(bytes, std::align_val_t(64));
+  }
+
+  void give(size_t bytes, void* memory) {
+    blocks.emplace_back(bytes, memory);
+    for (held += bytes; held > kMost; blocks.erase(blocks.begin())) {
+      held -= blocks.front().first;
+      ::operator delete(blocks.front().second, std::align_val_t(64));
+    }
+  }
+
+  ~Reserve() {
+    for (const auto& block : blocks) ::operator delete(block.second, std::align_val_t(64));
+  }
+};
+
+struct GiveBack {
+  size_t bytes = 0;
+
   void operator()(void* memory) const {
-    ::operator delete(memory, std::align_val_t(64));
+    Reserve::mine().give(bytes, memory);
   }
 };
 
 template <typename T>
-using Buffer = std::unique_ptr<T[], AlignedDelete>;
+using Buffer = std::unique_ptr<T[], GiveBack>;
 
 // Uninitialised numbers, aligned to a cache line.
 template <typename T>
 Buffer<T> allocate(int64_t count) {
-  return Buffer<T>(static_cast<T*>(::operator new(static_cast<size_t>(count) * sizeof(T), std::align_val_t(64))));
+  size_t bytes = static_cast<size_t>(count) * sizeof(T);
+  T* const memory = static_cast<T*>(Reserve::mine().take(bytes));
+  return Buffer<T>(memory, GiveBack{bytes});
 }
 
 // body(task, scratch) for every task; `scratch` points to scratch_size numbers of type T that no other running task

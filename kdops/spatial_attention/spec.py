@@ -18,22 +18,40 @@ NO_DOUBLE_BACKWARD = (
     "its kernels recompute the weights instead of keeping them, and have no formula for the second derivative"
 )
 
-FORWARD = "(Tensor query, Tensor key, Tensor? value, float? scale, bool over_query) -> (Tensor, Tensor)"
+FORWARD = "(Tensor query, Tensor key, Tensor? value, float? scale, bool over_query) -> (Tensor, Tensor, Tensor)"
 BACKWARD = (
-    "(Tensor grad, Tensor query, Tensor key, Tensor? value, Tensor out, Tensor statistics, float? scale, bool over_query, "
-    "bool need_query, bool need_key, bool need_value) -> (Tensor, Tensor, Tensor)"
+    "(Tensor grad, Tensor query, Tensor key, Tensor? value, Tensor out, Tensor statistics, Tensor logits, float? scale, "
+    "bool over_query, bool need_query, bool need_key, bool need_value) -> (Tensor, Tensor, Tensor)"
 )
 
 
-def _fake(
+def kept_logits(query: Tensor, key: Tensor) -> int:
+    """How many numbers of logits forward on the CPU keeps for backward: all, where they are fewer than query and key have.
+
+    They then cost less to keep than to make again, and memory stays O(N C). Blocks of 6 x 16, as the kernel works on them.
+    """
+    rows, columns = prod(query.shape[2:]), prod(key.shape[2:])
+    keep = rows * columns <= (rows + columns) * query.shape[1]
+    return query.shape[0] * -(-rows // 6) * -(-columns // 16) * 96 if keep else 0
+
+
+def _fake_triton(
     query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, over_query: bool
-) -> tuple[Tensor, Tensor]:
-    """The result, and the logarithm of every softmax's denominator."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, the logarithm of every softmax's denominator, and no logits."""
     channels = (key if value is None else value).shape[1]
     positions = prod((key if over_query else query).shape[2:])
     dtype = accumulator(query)
     out = query.new_empty((query.shape[0], channels, *query.shape[2:]))
-    return out, query.new_empty((query.shape[0], positions), dtype=dtype)
+    return out, query.new_empty((query.shape[0], positions), dtype=dtype), query.new_empty(0, dtype=dtype)
+
+
+def _fake_cpu(
+    query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, over_query: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and the logits where they are kept."""
+    out, statistics, _ = _fake_triton(query, key, value, scale, over_query)
+    return out, statistics, statistics.new_empty(kept_logits(query, key))
 
 
 def _fake_backward(
@@ -43,6 +61,7 @@ def _fake_backward(
     value: Tensor | None,
     out: Tensor,
     statistics: Tensor,
+    logits: Tensor,
     scale: float | None,
     over_query: bool,
     need_query: bool,
@@ -58,16 +77,15 @@ def _fake_backward(
 
 
 def _setup_context(
-    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, float | None, bool], output: tuple[Tensor, Tensor]
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, float | None, bool], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     query, key, value, ctx.scale, ctx.over_query = inputs
-    out, statistics = output
-    ctx.mark_non_differentiable(statistics)
-    ctx.save_for_backward(query, key, value, out, statistics)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(query, key, value, *output)
 
 
 def _backward(op: registration.Op) -> Callable[..., Any]:
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad[:3]
         grads = op(grad, *ctx.saved_tensors, ctx.scale, ctx.over_query, *need)
         return (*(g if needed else None for g, needed in zip(grads, need, strict=True)), None, None)
@@ -75,7 +93,7 @@ def _backward(op: registration.Op) -> Callable[..., Any]:
     return backward
 
 
-registration.define("spatial_attention", FORWARD, _fake, TRITON)
+registration.define("spatial_attention", FORWARD, _fake_cpu, TRITON, triton_fake=_fake_triton)
 registration.define("spatial_attention_backward", BACKWARD, _fake_backward, TRITON)
 registration.differentiate("spatial_attention", _setup_context, _backward, NO_DOUBLE_BACKWARD)
 
@@ -115,14 +133,16 @@ def _flops(
 
 def _scratch_bytes(query: Tensor, key: Tensor, value: Tensor, *, backward: bool = False, **kwargs: Any) -> int:
     # On the CPU: packed copies of the inputs (two of the key), and in backward of the upstream gradient; there the query's gradient is
-    # summed apart in at most 16 tasks for the whole batch, each of at least 128 positions of the key.
+    # summed apart in at most 16 tasks for the whole batch, each of at least 128 positions of the key. And the logits, where they are kept.
+    logits = kept_logits(query, key) * max(4, query.element_size())
     if not backward:
-        return size(query, key, value)
+        return size(query, key, value) + logits
     groups = min(max(16 // max(query.shape[0], 1), 1), -(-prod(key.shape[2:]) // 128))
     return (
         size(query, key, *_inputs(query, key, value)[1:])
         + _out_size(query, value)
         + groups * query.requires_grad * size(query)
+        + logits
     )
 
 
@@ -150,6 +170,7 @@ SAMPLES = (
     Sample("sharp, prime", ((1, 13, 101), (1, 13, 67), (1, 17, 67)), {"scale": 1.5}),
     Sample("several tiles", ((1, 3, 13, 10), (1, 3, 43, 3), (1, 2, 43, 3))),
     Sample("volume", ((1, 2, 2, 3, 4), (1, 2, 3, 2, 2), (1, 2, 3, 2, 2)), {"scale": 0.5, "normalize": "query"}),
+    Sample("few positions", ((2, 24, 19), (2, 24, 21), (2, 5, 21))),
     Sample("one of each", ((1, 1, 1), (1, 1, 1), (1, 1, 1))),
     Sample("empty batch", ((0, 4, 6), (0, 4, 5), (0, 3, 5))),
 )

@@ -269,19 +269,18 @@ def _launch_delta(out: Features, grad: Features, delta: Tensor, scale: float) ->
 
 def spatial_attention(
     query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, over_query: bool
-) -> tuple[Tensor, Tensor]:
-    """query (B, C, *Sq), key (B, C, *Sk), value (B, Cv, *Sk), or None for the key -> (B, Cv, *Sq) and log2 of the denominators."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query (B, C, *Sq), key (B, C, *Sk), value (B, Cv, *Sk), or None for the key -> (B, Cv, *Sq), log2 of the denominators, no logits."""
     scale = query.shape[1] ** -0.5 if scale is None else scale
     q, k, v = features(query), features(key), None if value is None else features(value)
     out = query.new_empty((query.shape[0], (key if value is None else value).shape[1], *query.shape[2:]))
     normalised = k if over_query else q
     statistics = query.new_empty((query.shape[0], normalised.positions), dtype=torch.float32)
-    if query.shape[0] == 0:
-        return out, statistics
-    if over_query:
-        _launch_attend(k, q, None, None, statistics, scale, given=False)
-    _launch_attend(q, k, v, features(out), statistics, scale, given=over_query)
-    return out, statistics
+    if query.shape[0] > 0:
+        if over_query:
+            _launch_attend(k, q, None, None, statistics, scale, given=False)
+        _launch_attend(q, k, v, features(out), statistics, scale, given=over_query)
+    return out, statistics, statistics.new_empty(0)
 
 
 def spatial_attention_backward(
@@ -291,6 +290,7 @@ def spatial_attention_backward(
     value: Tensor | None,
     out: Tensor,
     statistics: Tensor,
+    logits: Tensor,
     scale: float | None,
     over_query: bool,
     need_query: bool,
