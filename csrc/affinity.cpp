@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "affinity_columns.h"
 #include "common/maps.h"
 #include "common/parallel.h"
 #include "common/products.h"
@@ -267,6 +268,8 @@ std::tuple<Tensor, Tensor> affinity_tiles_backward(const Tensor& student, const 
 }  // namespace kdops
 
 STABLE_TORCH_LIBRARY_IMPL(kdops, CPU, m) {
+  m.impl("affinity_columns", TORCH_BOX(&kdops::affinity_columns));
+  m.impl("affinity_columns_backward", TORCH_BOX(&kdops::affinity_columns_backward));
   m.impl("affinity_tiles", TORCH_BOX(&kdops::affinity_tiles));
   m.impl("affinity_tiles_backward", TORCH_BOX(&kdops::affinity_tiles_backward));
 }

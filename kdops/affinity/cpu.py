@@ -18,6 +18,12 @@ from ..layout import GradientColumns
 from ..registration import LIBRARY, accumulator, op
 from .spec import by_grams
 
+# Maps (B, C, N) of any strides and dtype -> normalised columns and their norms (B, N), in the accumulator or in float64; and back.
+LIBRARY.define("affinity_columns(Tensor maps, float eps, bool wide) -> (Tensor, Tensor)")
+LIBRARY.define(
+    "affinity_columns_backward(Tensor(a!) out, Tensor of_hat, Tensor hat, Tensor norms, float eps, Tensor factor) -> ()"
+)
+
 # Normalised columns (B, C, N) -> (B,) float64; backward: sum_j slope(D_ij) column_j as (B, N padded, C padded), or (0,) if not needed.
 LIBRARY.define("affinity_tiles(Tensor student, Tensor teacher, int p) -> Tensor")
 LIBRARY.define(
@@ -53,7 +59,7 @@ def affinity_distance_backward(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of student and teacher."""
     of_student, of_teacher = GradientColumns(student, need_student), GradientColumns(teacher, need_teacher)
-    factor = (2 * p * grad)[:, None, None]  # both of a pair of columns have a share in their product
+    factor = 2 * p * grad  # (B,); both of a pair of columns have a share in their product
     if by_grams(student, teacher, p):
         _backward_by_grams(factor.double(), grams, student, teacher, eps, of_student, of_teacher)
     else:
@@ -65,21 +71,12 @@ class _Columns:
     """Columns (B, C, N) divided by their norm + eps: as reference.normalised, but for the way back by hand."""
 
     def __init__(self, maps: Tensor, eps: float, dtype: torch.dtype) -> None:
-        columns = maps.flatten(2).to(dtype)
-        if dtype == torch.float64 != maps.dtype:  # squares of float32 neither overflow nor underflow in float64
-            self.norm = columns.square().sum(dim=1, keepdim=True).sqrt_()
-        else:
-            largest = columns.abs().amax(dim=1, keepdim=True)
-            largest = largest.where(largest > 0, 1)
-            self.norm = largest * (columns / largest).square_().sum(dim=1, keepdim=True).sqrt_()
-        self.divisor = self.norm + eps
-        self.hat = columns / self.divisor
+        self.eps = eps
+        self.hat, self.norm = op("affinity_columns")(maps.flatten(2), eps, dtype == torch.float64)
 
-    def gradient(self, of_hat: Tensor) -> Tensor:
-        """From the gradient of `hat` to that of the columns; the norm of 0 has the gradient 0, as in torch."""
-        inner = (of_hat * self.hat).sum(dim=1, keepdim=True)
-        inner *= self.divisor / self.norm.where(self.norm != 0, 1)
-        return of_hat.sub_(self.hat * inner).div_(self.divisor)
+    def gradient(self, of_hat: Tensor, factor: Tensor, out: Tensor) -> None:
+        """From the gradient of `hat` to `factor` (B,) times that of the columns, written to `out`."""
+        op("affinity_columns_backward")(out, of_hat, self.hat, self.norm, self.eps, factor)
 
 
 def _backward_by_tiles(
@@ -96,8 +93,7 @@ def _backward_by_tiles(
     for sign, columns, of_maps, total in zip((1, -1), both, (of_student, of_teacher), sums, strict=True):
         if of_maps.needed:
             _, channels, positions = columns.hat.shape
-            of_hat = torch.mul(total[:, :positions, :channels].mT, sign * factor, out=torch.empty_like(columns.hat))
-            of_maps.columns.copy_(columns.gradient(of_hat))
+            columns.gradient(total[:, :positions, :channels].mT, sign * factor, of_maps.columns)
 
 
 # --- by Grams --------------------------------------------------------------------------------------------------------------------
@@ -143,9 +139,9 @@ def _backward_by_grams(
     of_student: GradientColumns,
     of_teacher: GradientColumns,
 ) -> None:
-    ss, st, tt = (block * factor for block in _blocks(grams, student))
+    ss, st, tt = _blocks(grams, student)
     for strip, s, t in _strips(student, teacher, eps):
         if of_student.needed:
-            of_student.columns[..., strip] = s.gradient((ss @ s.hat).sub_(st @ t.hat))
+            s.gradient((ss @ s.hat).sub_(st @ t.hat), factor, of_student.columns[..., strip])
         if of_teacher.needed:
-            of_teacher.columns[..., strip] = t.gradient((tt @ t.hat).sub_(st.mT @ s.hat))
+            t.gradient((tt @ t.hat).sub_(st.mT @ s.hat), factor, of_teacher.columns[..., strip])
