@@ -23,7 +23,7 @@ from kdops.gaussian import reference
 
 def eager(x: list[Tensor], y: list[Tensor], sigma: float | str) -> Tensor:
     widths = None if isinstance(sigma, str) else [sigma] * len(x)
-    return reference.gaussian_distance(x, y, widths, True).mean(dim=1)
+    return reference.gaussian_distance(x, y, widths, True, "mean")
 
 
 def _case(

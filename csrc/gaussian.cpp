@@ -143,10 +143,13 @@ std::vector<double> squared_distances(const std::vector<FlatPair>& taps, const P
   return sums;
 }
 
-// From the squared distances of one tap: distance = -expm1(-rate * sum), its derivative by the sum, and the rate.
+enum Reduction : int64_t { kNone, kSum, kMean };  // over the batch, as in kdops/gaussian/spec.py
+
+// From the squared distances of one tap: distance = -expm1(-rate * sum), one for each sample or reduced; its derivative
+// by every sum; and the rate.
 template <typename T>
-void apply_gaussian(const double* sums, int64_t batch, std::optional<double> sigma, double features, T* distance,
-                    T* slope, T* rate) {
+void apply_gaussian(const double* sums, int64_t batch, std::optional<double> sigma, double features,
+                    int64_t reduction, T* distance, T* slope, T* rate) {
   double variance = kAdaptiveFloor;
   if (sigma) {
     variance = *sigma * *sigma;
@@ -155,20 +158,28 @@ void apply_gaussian(const double* sums, int64_t batch, std::optional<double> sig
   }
   const double per_square = 1 / (2 * variance * features);
   *rate = static_cast<T>(per_square);
+  const double share = reduction == kMean ? 1 / static_cast<double>(batch) : 1;
+  double total = 0;
   for (int64_t row = 0; row < batch; ++row) {
-    const double exponent = -sums[row] * per_square;
-    distance[row] = static_cast<T>(-std::expm1(exponent));
-    slope[row] = static_cast<T>(per_square * std::exp(exponent));
+    const double exponent = -sums[row] * per_square, one = -std::expm1(exponent) * share;
+    if (reduction == kNone) distance[row] = static_cast<T>(one);
+    total += one;
+    slope[row] = static_cast<T>(per_square * std::exp(exponent) * share);
   }
+  if (reduction != kNone) *distance = static_cast<T>(total);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gaussian_distance(const Tensors& x, const Tensors& y,
-                                                     const std::optional<std::vector<double>>& sigma, bool mean) {
+                                                     const std::optional<std::vector<double>>& sigma, bool mean,
+                                                     int64_t reduction) {
   const std::vector<FlatPair> taps = flatten(x, y);
   STD_TORCH_CHECK(!sigma || sigma->size() == taps.size(), "kdops: sigma must hold a number for each tap.");
   const int64_t count = static_cast<int64_t>(taps.size()), batch = x[0].size(0);
   const auto dtype = accumulator_dtype(x[0].scalar_type());
-  Tensor distance = torch::stable::new_empty(x[0], {count, batch}, dtype);
+  STD_TORCH_CHECK(reduction == kNone || reduction == kSum || reduction == kMean, "kdops: no reduction ", reduction, ".");
+  const int64_t each = reduction == kNone ? batch : 1;  // results of a tap
+  Tensor distance = torch::stable::new_empty(
+      x[0], reduction == kNone ? std::vector<int64_t>{count, batch} : std::vector<int64_t>{count}, dtype);
   Tensor slope = torch::stable::new_empty(x[0], {count, batch}, dtype);
   Tensor rate = torch::stable::new_empty(x[0], {count}, dtype);
   for_dtype<float, double, BFloat16, Half>(x[0].scalar_type(), [&](auto zero) {
@@ -178,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_distance(const Tensors& x, const Ten
     for (int64_t t = 0; t < count; ++t) {
       const auto features = mean ? static_cast<double>(count_features(x[t], 1)) : 1.0;
       apply_gaussian(sums.data() + t * batch, batch, sigma ? std::optional((*sigma)[t]) : std::nullopt, features,
-                     data<T>(distance) + t * batch, data<T>(slope) + t * batch, data<T>(rate) + t);
+                     reduction, data<T>(distance) + t * each, data<T>(slope) + t * batch, data<T>(rate) + t);
     }
   });
   return {distance, slope, rate};

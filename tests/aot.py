@@ -74,7 +74,9 @@ def spatial_attention(everything: bool) -> Calls:
         logits = empty(0)
         v = x if value else None
         yield lambda: ops.spatial_attention(x, y, v, None, False)
-        yield lambda: ops.spatial_attention_backward(x, x, y, v, x, statistics, logits, None, False, value, not value, value)
+        yield lambda: ops.spatial_attention_backward(
+            x, x, y, v, x, statistics, logits, None, False, value, not value, value
+        )
 
     yield from calls(180, torch.bfloat16, value=False)
     for c in CHANNELS if everything else ():
@@ -90,7 +92,7 @@ def gaussian(everything: bool) -> Calls:
         x, y = ([empty(b, f, dtype=dtype) for f in features] for _ in range(2))
         count = len(features)
         weight = empty(count, b)
-        yield lambda: ops.gaussian_distance(x, y, sigma, True)
+        yield lambda: ops.gaussian_distance(x, y, sigma, True, 0)
         yield lambda: ops.gaussian_distance_backward(weight, x, y, [True] * count, [False] * count)
         yield lambda: ops.gaussian_distance_backward(weight, x, y, [True] * count, [True] * count)
 

@@ -60,12 +60,10 @@ def gaussian_distance(
     widths = _widths(sigma, x, len(xs))
     both = checks.for_distance(*xs, *ys)
     run = dispatch.implementation(OP, both, backend)
-    distance: Tensor = run(list(both[: len(xs)]), list(both[len(xs) :]), widths, statistic == "mean")  # (T, B)
+    distance: Tensor = run(list(both[: len(xs)]), list(both[len(xs) :]), widths, statistic == "mean", reduction)
     if isinstance(x, Tensor):
-        distance = distance.squeeze(0) if reduction == "none" else getattr(distance, reduction)()
-    elif reduction != "none":
-        distance = getattr(distance, reduction)(dim=1)
-    return distance.to(both[0].dtype)
+        distance = distance.squeeze(0)
+    return distance if distance.dtype == both[0].dtype else distance.to(both[0].dtype)
 
 
 def _taps(x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

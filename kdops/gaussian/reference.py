@@ -12,12 +12,15 @@ from ..registration import accumulator
 ADAPTIVE_FLOOR = 1e-12  # added to an adaptive sigma^2: identical inputs have distance 0, not 0/0
 
 
-def gaussian_distance(x: Sequence[Tensor], y: Sequence[Tensor], sigma: Sequence[float] | None, mean: bool) -> Tensor:
-    """Taps x[t] and y[t] (B, *F_t), one sigma for each (None: adaptive) -> (T, B)."""
+def gaussian_distance(
+    x: Sequence[Tensor], y: Sequence[Tensor], sigma: Sequence[float] | None, mean: bool, reduction: str
+) -> Tensor:
+    """Taps x[t] and y[t] (B, *F_t), one sigma for each (None: adaptive) -> (T,), or (T, B) for reduction "none"."""
     taps = []
     for t, (a, b) in enumerate(zip(x, y, strict=True)):
         squares = (a - b).square().flatten(1)  # (B, F)
         d2 = (squares.mean if mean else squares.sum)(dim=1, dtype=accumulator(a))
         variance = d2.detach().mean() + ADAPTIVE_FLOOR if sigma is None else sigma[t] ** 2
         taps.append(-torch.expm1(-d2 / (2 * variance)))
-    return torch.stack(taps)
+    distance = torch.stack(taps)
+    return distance if reduction == "none" else getattr(distance, reduction)(dim=1)

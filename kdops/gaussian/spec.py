@@ -16,13 +16,16 @@ from . import reference
 NAME = "gaussian_distance"
 TRITON = "kdops.gaussian.triton"
 
+REDUCTIONS = ("none", "sum", "mean")  # as the raw operators number them
+
 Taps = Sequence[Tensor]
 
 
-def _fake(x: Taps, y: Taps, sigma: Sequence[float] | None, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The distances, their derivatives by the sum of squares, and minus the logarithmic derivative of those."""
-    table, dtype = (len(x), x[0].shape[0]), accumulator(x[0])
-    return x[0].new_empty(table, dtype=dtype), x[0].new_empty(table, dtype=dtype), x[0].new_empty(len(x), dtype=dtype)
+def _fake(x: Taps, y: Taps, sigma: Sequence[float] | None, mean: bool, reduction: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The distances, their derivatives by the sums of squares, and minus the logarithmic derivative of those."""
+    slope = x[0].new_empty((len(x), x[0].shape[0]), dtype=accumulator(x[0]))
+    rate = slope.new_empty(len(x))
+    return torch.empty_like(rate if reduction else slope), slope, rate
 
 
 def _fake_backward(
@@ -35,9 +38,9 @@ def _fake_backward(
 
 
 def _setup_context(
-    ctx: Any, inputs: tuple[Taps, Taps, Sequence[float] | None, bool], output: tuple[Tensor, Tensor, Tensor]
+    ctx: Any, inputs: tuple[Taps, Taps, Sequence[float] | None, bool, int], output: tuple[Tensor, Tensor, Tensor]
 ) -> None:
-    x, y, *_ = inputs
+    x, y, _, _, ctx.reduction = inputs
     _, slope, rate = output
     ctx.mark_non_differentiable(rate)
     ctx.set_materialize_grads(False)  # a slope has an upstream gradient only in double backward
@@ -45,11 +48,14 @@ def _setup_context(
 
 
 def _backward(op: registration.Op) -> Callable[..., Any]:
-    """With D = sum (x - y)^2: distance = -expm1(-rate D), slope = d distance / dD, d slope / dD = -rate slope."""
+    """With D = sum (x - y)^2 of a sample: distance = -expm1(-rate D), slope = d distance / dD, d slope / dD = -rate slope.
+
+    A reduced distance is the sum of those of all samples, or, with every slope, of their B-th parts.
+    """
 
     def backward(ctx: Any, grad: Tensor | None, grad_slope: Tensor | None, _: None) -> tuple[Any, ...]:
         slope, rate, *taps = ctx.saved_tensors
-        upstream = 0 if grad is None else grad
+        upstream = 0 if grad is None else grad.unsqueeze(1) if ctx.reduction else grad
         if grad_slope is not None:
             upstream = upstream - grad_slope * rate.unsqueeze(1)
         count, need = len(taps) // 2, list(ctx.needs_input_grad[1:])
@@ -81,7 +87,10 @@ def _backward_twice(ctx: Any, *grads: list[Tensor | None]) -> tuple[Any, ...]:
 
 
 registration.define(
-    NAME, "(Tensor[] x, Tensor[] y, float[]? sigma, bool mean) -> (Tensor, Tensor, Tensor)", _fake, TRITON
+    NAME,
+    "(Tensor[] x, Tensor[] y, float[]? sigma, bool mean, int reduction) -> (Tensor, Tensor, Tensor)",
+    _fake,
+    TRITON,
 )
 registration.define(
     f"{NAME}_backward",
@@ -121,8 +130,8 @@ def _scratch_bytes(x: Tensor | Taps, y: Tensor | Taps, *, backward: bool = False
 
 
 def _kernel(op: registration.Op) -> Callable[..., Tensor]:
-    def run(x: list[Tensor], y: list[Tensor], sigma: list[float] | None, mean: bool) -> Tensor:
-        distance: Tensor = op(x, y, sigma, mean)[0]  # the rest is for backward
+    def run(x: list[Tensor], y: list[Tensor], sigma: list[float] | None, mean: bool, reduction: str) -> Tensor:
+        distance: Tensor = op(x, y, sigma, mean, REDUCTIONS.index(reduction))[0]  # the rest is for backward
         return distance
 
     return run

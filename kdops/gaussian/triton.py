@@ -16,6 +16,7 @@ from torch import Tensor
 from .. import tiles
 from ..layout import flat_rows, gradient_rows, settle
 from .reference import ADAPTIVE_FLOOR
+from .spec import REDUCTIONS
 
 FEATURES = 1024  # of a tile
 MAX_STEPS = 64  # tiles of a chunk, which bounds the rounding error of very long rows
@@ -132,14 +133,14 @@ def _finish(
 
 
 def gaussian_distance(
-    x: Sequence[Tensor], y: Sequence[Tensor], sigma: Sequence[float] | None, mean: bool
+    x: Sequence[Tensor], y: Sequence[Tensor], sigma: Sequence[float] | None, mean: bool, reduction: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Taps (B, *F_t) -> distance (T, B), its derivative by the sum of squares (T, B), and the rate (T,), float32."""
+    """Taps (B, *F_t) -> distance (T, B), or reduced (T,); its derivative by the sums of squares (T, B); the rate (T,). float32."""
     batch = x[0].shape[0]
     distance, slope = (x[0].new_empty((len(x), batch), dtype=torch.float32) for _ in range(2))
     rate = x[0].new_empty(len(x), dtype=torch.float32)
     if batch == 0:
-        return distance, slope, rate.zero_()
+        return distance.sum(dim=1) if reduction else distance, slope, rate.zero_()
     pairs = [flat_rows(a, b, (1, 1)) for a, b in zip(x, y, strict=True)]
     sizes = tuple(a.shape[1] for a, _ in pairs)
     steps, chunks = _chunks(sizes, batch, x[0].device)
@@ -166,7 +167,9 @@ def gaussian_distance(
         num_warps=4,
         **tiles.OPTIONS,
     )
-    return distance, slope, rate
+    if REDUCTIONS[reduction] == "mean":
+        distance, slope = distance / batch, slope / batch
+    return distance.sum(dim=1) if reduction else distance, slope, rate
 
 
 def _chunks(sizes: Sequence[int], batch: int, device: torch.device) -> tuple[int, tuple[int, ...]]:

@@ -35,10 +35,10 @@ def check(
     """Distances and the gradients that are needed, against float64."""
     need_x, need_y = (list(side) for side in zip(*(need or [(True, True)] * len(x)), strict=True))
     wide = [t.double().requires_grad_() for t in (*x, *y)]
-    exact = reference.gaussian_distance(wide[: len(x)], wide[len(x) :], sigma, mean)
+    exact = reference.gaussian_distance(wide[: len(x)], wide[len(x) :], sigma, mean, "none")
     upstream = torch.linspace(-1, 2, exact.numel(), dtype=torch.float64, device=DEVICE).view(exact.shape)
     exact_grads = torch.autograd.grad(exact, wide, upstream)
-    distance, slope, _ = kernels.gaussian_distance(x, y, sigma, mean)
+    distance, slope, _ = kernels.gaussian_distance(x, y, sigma, mean, 0)
     torch.testing.assert_close(distance.double(), exact.detach(), rtol=1e-5, atol=1e-9)
     grads_x, grads_y = kernels.gaussian_distance_backward(upstream.float() * slope, x, y, need_x, need_y)
     for grad, truth, tap, needed in zip((*grads_x, *grads_y), exact_grads, (*x, *y), (*need_x, *need_y), strict=True):
@@ -85,7 +85,7 @@ def test_minus_expm1(z: float) -> None:
     """Its series and its difference, to float32's rounding."""
     x = torch.full((1, 1), (2 * z) ** 0.5, device=DEVICE)
     exponent = float(x.double().square() / 2)
-    distance, slope, _ = kernels.gaussian_distance([x], [torch.zeros_like(x)], [1.0], True)
+    distance, slope, _ = kernels.gaussian_distance([x], [torch.zeros_like(x)], [1.0], True, 0)
     expected = -torch.expm1(torch.tensor(-exponent, dtype=torch.float64)).item()
     assert distance.item() == pytest.approx(expected, rel=4e-7, abs=1e-38)
     assert slope.item() == pytest.approx(0.5 * (1 - expected), rel=1e-5, abs=1e-38)
@@ -98,7 +98,7 @@ def test_one_launch_reads_all_taps(monkeypatch: pytest.MonkeyPatch) -> None:
     run = kind.run
     monkeypatch.setattr(kind, "run", lambda self, *a, **k: (launched.append(self.fn.__name__), run(self, *a, **k))[1])
     x, y = draw(2, [(5,), (2, 3), (7,), (4, 4), (1,)])
-    _, slope, _ = kernels.gaussian_distance(x, y, None, True)
+    _, slope, _ = kernels.gaussian_distance(x, y, None, True, 0)
     assert launched == ["_squares", "_finish"]
     launched.clear()
     kernels.gaussian_distance_backward(slope, x, y, [True] * 5, [False] * 5)
