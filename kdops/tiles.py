@@ -224,6 +224,22 @@ def similarities(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def streamed_similarities(
+    a, a_batch, m, m_inside, b, b_batch, n, n_inside, C: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr
+):
+    """As `similarities` of positions m of one map and n of another, PARTS of all C channels on chip at a time.
+
+    float32 operands and their two halves ("tf32x3") take registers in proportion to the channels that are on chip.
+    """
+    product = tl.zeros((m.shape[0], n.shape[0]), tl.float32)
+    for first in tl.range(0, C, PARTS[0] + PARTS[1]):
+        one = load_features(a, a_batch, m, m_inside, first, C, PARTS)
+        two = load_features(b, b_batch, n, n_inside, first, C, PARTS)
+        product += similarities(one, two, PARTS, PRECISION)
+    return product
+
+
+@triton.jit
 def add_product(sums, weights, tile, PARTS: tl.constexpr, PRECISION: tl.constexpr):
     """sums (M, channels) + weights (M, N) times the tile (N, channels); the weights are rounded to the tile's dtype."""
     weights = narrow(weights, tile[0].dtype)

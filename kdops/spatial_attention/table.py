@@ -18,9 +18,8 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int
-    slice: int = (
-        MOST_CHANNELS  # channels of the result that one program sums up: more of them are shared among several programs
-    )
+    slice: int = MOST_CHANNELS  # channels of the result that a program sums up: more are shared among several programs
+    held: int = MOST_CHANNELS  # channels of the logits on chip at a time: more of them stream through, so many at a time
 
 
 # For each architecture, sweep and bytes of a number: the tile of up to so many channels. Chosen among those that spill fewest

@@ -54,15 +54,23 @@ def _attend(
     batch, first_row, piece = tiles.place(rows, ROWS, SLICES)
     channel = piece * VALUE_PARTS[0]
     r = first_row + tl.arange(0, ROWS)
-    row = tiles.load_features(rows, batch, r, r < rows.positions, 0, C, PARTS)
+    STREAMED: tl.constexpr = PARTS[0] + PARTS[1] < C
+    if not STREAMED:
+        row = tiles.load_features(rows, batch, r, r < rows.positions, 0, C, PARTS)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tiles.zero_features(ROWS, VALUE_PARTS)
     for first in tl.range(0, columns.positions, COLUMNS, num_stages=STAGES):
         c = first + tl.arange(0, COLUMNS)
         inside = None if EVEN else c < columns.positions
-        column = tiles.load_features(columns, batch, c, inside, 0, C, PARTS)
-        logits = tiles.similarities(row, column, PARTS, PRECISION) * scale
+        if STREAMED:
+            logits = tiles.streamed_similarities(
+                rows, batch, r, r < rows.positions, columns, batch, c, inside, C, PARTS, PRECISION
+            )
+        else:
+            column = tiles.load_features(columns, batch, c, inside, 0, C, PARTS)
+            logits = tiles.similarities(row, column, PARTS, PRECISION)
+        logits *= scale
         if GIVEN:
             logits -= tiles.load(statistics + batch * columns.positions + c, c < columns.positions)[None, :]
         if inside is not None:
@@ -78,8 +86,9 @@ def _attend(
             total = total * shrink + tl.sum(weights, 1)
             sums = tiles.scale_features(sums, shrink, VALUE_PARTS)
         if out is not None:
-            value = column
-            if values is not None:
+            if values is None:
+                value = column
+            else:
                 value = tiles.load_features(values, batch, c, inside, channel, CV, VALUE_PARTS)
             sums = tiles.add_product(sums, weights, value, VALUE_PARTS, PRECISION)
     if not GIVEN:
@@ -122,10 +131,16 @@ def _slopes(
     batch, first_row, piece = tiles.place(rows, ROWS, SLICES)
     channel = piece * SLICE_PARTS[0]
     r = first_row + tl.arange(0, ROWS)
-    row = tiles.load_features(rows, batch, r, r < rows.positions, 0, C, PARTS)
-    row_value = row
-    if row_values is not None:
-        row_value = tiles.load_features(row_values, batch, r, r < rows.positions, 0, CV, VALUE_PARTS)
+    STREAMED: tl.constexpr = PARTS[0] + PARTS[1] < C
+    VALUES_STREAMED: tl.constexpr = VALUE_PARTS[0] + VALUE_PARTS[1] < CV
+    row_inside = r < rows.positions
+    if not STREAMED:
+        row = tiles.load_features(rows, batch, r, row_inside, 0, C, PARTS)
+    if not VALUES_STREAMED:
+        if row_values is None:
+            row_value = row
+        else:
+            row_value = tiles.load_features(row_values, batch, r, row_inside, 0, CV, VALUE_PARTS)
     if not BY_COLUMN:
         statistic = tiles.load(statistics + batch * rows.positions + r, r < rows.positions)[:, None]
         if gradient is not None:
@@ -135,27 +150,41 @@ def _slopes(
     for first in tl.range(0, columns.positions, COLUMNS, num_stages=STAGES):
         c = first + tl.arange(0, COLUMNS)
         inside = None if EVEN else c < columns.positions
-        column = tiles.load_features(columns, batch, c, inside, 0, C, PARTS)
-        column_value = column
-        if column_values is not None:
-            column_value = tiles.load_features(column_values, batch, c, inside, 0, CV, VALUE_PARTS)
+        if STREAMED:
+            logits = tiles.streamed_similarities(
+                rows, batch, r, row_inside, columns, batch, c, inside, C, PARTS, PRECISION
+            )
+        else:
+            column = tiles.load_features(columns, batch, c, inside, 0, C, PARTS)
+            logits = tiles.similarities(row, column, PARTS, PRECISION)
+        if VALUES_STREAMED:
+            value_rows = rows if row_values is None else row_values
+            value_columns = columns if column_values is None else column_values
+            slopes = tiles.streamed_similarities(
+                value_rows, batch, r, row_inside, value_columns, batch, c, inside, CV, VALUE_PARTS, PRECISION
+            )
+        else:
+            if column_values is None:
+                column_value = column
+            else:
+                column_value = tiles.load_features(column_values, batch, c, inside, 0, CV, VALUE_PARTS)
+            slopes = tiles.similarities(row_value, column_value, VALUE_PARTS, PRECISION)
         if BY_COLUMN:
             statistic = tiles.load(statistics + batch * columns.positions + c, c < columns.positions)[None, :]
             mean = tiles.load(delta + batch * columns.positions + c, c < columns.positions)[None, :]
-        weights = tl.exp2(tiles.similarities(row, column, PARTS, PRECISION) * scale_2 - statistic)
-        slopes = tiles.similarities(row_value, column_value, VALUE_PARTS, PRECISION) * scale
-        slopes = weights * slopes if gradient is None else weights * (slopes - mean)
+        weights = tl.exp2(logits * scale_2 - statistic)
+        slopes = weights * (slopes * scale if gradient is None else slopes * scale - mean)
         if inside is not None:
             weights = tl.where(inside[None, :], weights, 0.0)
             slopes = tl.where(inside[None, :], slopes, 0.0)
         if gradient is None:
             total += tl.sum(slopes, 1)
         else:
-            if SLICES > 1:
+            if SLICES > 1 or STREAMED:
                 column = tiles.load_features(columns, batch, c, inside, channel, C, SLICE_PARTS)
             sums = tiles.add_product(sums, slopes, column, SLICE_PARTS, PRECISION)
             if row_values is None:
-                if SLICES > 1:
+                if SLICES > 1 or STREAMED:
                     column_value = tiles.load_features(column_values, batch, c, inside, channel, CV, SLICE_PARTS)
                 sums = tiles.add_product(sums, weights, column_value, SLICE_PARTS, PRECISION)
     if gradient is None:
@@ -193,17 +222,18 @@ def _launch_attend(
     channels = rows.data.shape[1]
     value_channels = channels if values is None else values.data.shape[1]
     tile = tile_for("attend", max(channels, value_channels), rows.data.dtype)
-    slices = triton.cdiv(value_channels, tile.slice)
+    slices = 1 if out is None else triton.cdiv(value_channels, tile.slice)
+    apart = slices > 1 or channels > tile.held  # the columns are not on chip as they are summed up
     _attend[(rows.data.shape[0] * slices * triton.cdiv(rows.positions, tile.rows),)](
         rows,
         columns,
-        columns if values is None and slices > 1 else values,
+        columns if values is None and apart else values,
         out,
         statistics,
         scale * log2(e),
         given,
         channels,
-        tiles.parts(channels),
+        tiles.parts(min(channels, tile.held)),
         value_channels,
         tiles.parts(min(value_channels, tile.slice)),
         slices,
@@ -244,9 +274,9 @@ def _launch_slopes(
         scale * log2(e),
         by_column,
         channels,
-        tiles.parts(channels),
+        tiles.parts(min(channels, tile.held)),
         value_channels,
-        tiles.parts(value_channels),
+        tiles.parts(min(value_channels, tile.held)),
         slices,
         tiles.parts(min(channels, tile.slice)),
         tile.rows,
