@@ -224,18 +224,34 @@ def similarities(a, b, PARTS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def streamed_similarities(
-    a, a_batch, m, m_inside, b, b_batch, n, n_inside, C: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr
+def products(
+    a,
+    a_batch,
+    m,
+    m_inside,
+    a_tile,
+    b,
+    b_batch,
+    n,
+    n_inside,
+    b_tile,
+    C: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """As `similarities` of positions m of one map and n of another, PARTS of all C channels on chip at a time.
+    """`similarities` of positions m of one map and n of another: of their tiles, if PARTS hold all C channels.
 
-    float32 operands and their two halves ("tf32x3") take registers in proportion to the channels that are on chip.
+    Otherwise so many channels at a time pass through: float32 operands take registers in proportion to the channels on chip, three
+    times over for "tf32x3". The tiles then are not read, and the compiler drops their loads.
     """
-    product = tl.zeros((m.shape[0], n.shape[0]), tl.float32)
-    for first in tl.range(0, C, PARTS[0] + PARTS[1]):
-        one = load_features(a, a_batch, m, m_inside, first, C, PARTS)
-        two = load_features(b, b_batch, n, n_inside, first, C, PARTS)
-        product += similarities(one, two, PARTS, PRECISION)
+    if PARTS[0] + PARTS[1] < C:
+        product = tl.zeros((m.shape[0], n.shape[0]), tl.float32)
+        for first in tl.range(0, C, PARTS[0] + PARTS[1]):
+            one = load_features(a, a_batch, m, m_inside, first, C, PARTS)
+            two = load_features(b, b_batch, n, n_inside, first, C, PARTS)
+            product += similarities(one, two, PARTS, PRECISION)
+    else:
+        product = similarities(a_tile, b_tile, PARTS, PRECISION)
     return product
 
 

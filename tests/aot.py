@@ -79,8 +79,9 @@ def spatial_attention(everything: bool) -> Calls:
         )
 
     yield from calls(180, torch.bfloat16, value=False)
+    yield from calls(180, torch.float32, value=False)
     for c in CHANNELS if everything else ():
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
             yield from calls(c, dtype, value=False)
             yield from calls(c, dtype, value=True)
 
@@ -117,8 +118,17 @@ def codebook(everything: bool) -> Calls:
             grad, x, x, codes, statistics, none, none, 1.0, False, False, True
         )
 
-    for d in (48, 64, 128, 180, 256, 512) if everything else (180,):
-        yield from calls(d, torch.bfloat16)
+    def rows(d: int, dtype: torch.dtype) -> Calls:
+        """Forward with the slopes of the student."""
+        x, codes = empty(4, d, 32, 32, dtype=dtype), empty(1024, d, dtype=dtype)
+        yield lambda: ops.codebook_cross_entropy(x, x, codes, 1.0, True, False)
+
+    yield from calls(180, torch.bfloat16)
+    yield from rows(180, torch.float32)
+    yield from rows(64, torch.float16)
+    for d in CHANNELS if everything else ():
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            yield from calls(d, dtype)
 
 
 def nss(everything: bool) -> Calls:

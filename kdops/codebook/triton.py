@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import tiles
 from ..layout import settle
 from ..tiles import features
+from .table import tile_for
 
 # --- kernels ---------------------------------------------------------------------------------------------------------------------
 
@@ -62,8 +63,9 @@ def _statistics(
     """Both softmaxes and the cross-entropy, with x the student's logits minus their running maximum: no term of the loss is negative."""
     batch, first_row, _ = tiles.place(student, ROWS, 1)
     r = first_row + tl.arange(0, ROWS)
-    s = tiles.load_features(student, batch, r, r < student.positions, 0, C, PARTS)
-    t = tiles.load_features(teacher, batch, r, r < student.positions, 0, C, PARTS)
+    inside = r < student.positions
+    s = tiles.load_features(student, batch, r, inside, 0, C, PARTS)
+    t = tiles.load_features(teacher, batch, r, inside, 0, C, PARTS)
     s_maximum = tl.full((ROWS,), float("-inf"), tl.float32)
     t_maximum = s_maximum
     s_sum = tl.zeros((ROWS,), tl.float32)
@@ -71,9 +73,12 @@ def _statistics(
     expected = s_sum
     for first in tl.range(0, codes.positions, CODES, num_stages=STAGES):
         k = first + tl.arange(0, CODES)
+        exists = None if EVEN else k < codes.positions
         code, offset = _load_codes(codes, offsets, k, C, PARTS, EVEN)
-        s_logits = tiles.similarities(s, code, PARTS, PRECISION) * scale + offset[None, :]
-        t_logits = tiles.similarities(t, code, PARTS, PRECISION) * scale + offset[None, :]
+        s_logits = tiles.products(student, batch, r, inside, s, codes, 0, k, exists, code, C, PARTS, PRECISION)
+        s_logits = s_logits * scale + offset[None, :]
+        t_logits = tiles.products(teacher, batch, r, inside, t, codes, 0, k, exists, code, C, PARTS, PRECISION)
+        t_logits = t_logits * scale + offset[None, :]
         s_before, t_before = s_maximum, t_maximum
         s_maximum = tl.maximum(s_before, tl.max(s_logits, 1))
         t_maximum = tl.maximum(t_before, tl.max(t_logits, 1))
@@ -87,7 +92,6 @@ def _statistics(
         s_sum = s_sum * tl.exp2(s_before - s_maximum) + tl.sum(tl.exp2(x), 1)
     expected = expected / t_sum
     m = batch * student.positions + r
-    inside = r < student.positions
     tiles.store(loss + m, (tl.log2(s_sum) - expected) * to_loss, inside)
     tiles.store(statistics + m, s_maximum, inside)
     tiles.store(statistics + count + m, s_sum, inside)
@@ -118,6 +122,8 @@ def _slopes(
     scale,
     factor,  # of the sums; for the teacher its x are to the base 2
     OF_TEACHER: tl.constexpr,
+    SLICES: tl.constexpr,
+    SLICE_PARTS: tl.constexpr,
     C: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -127,7 +133,9 @@ def _slopes(
     PRECISION: tl.constexpr,
 ):
     """slopes[r] = sum over codes of (p - q) code, or, of the teacher, of q (mean of x - x) code."""
-    batch, first_row, _ = tiles.place(student, ROWS, 1)
+    batch, first_row, piece = tiles.place(student, ROWS, SLICES)
+    APART: tl.constexpr = SLICES > 1 or PARTS[0] + PARTS[1] < C  # logits and sums take different channels of the codes
+    channel = piece * SLICE_PARTS[0]
     r = first_row + tl.arange(0, ROWS)
     inside = r < student.positions
     s = tiles.load_features(student, batch, r, inside, 0, C, PARTS)
@@ -136,21 +144,26 @@ def _slopes(
     s_maximum, s_inverse, t_maximum, t_inverse, expected = _load_statistics(statistics, count, m, inside)
     # Weights of the teacher are at most -expected: brought below 1, float16 holds them.
     level = tl.maximum(-expected, 1.0) if OF_TEACHER else tl.full((ROWS,), 1.0, tl.float32)
-    sums = tiles.zero_features(ROWS, PARTS)
+    sums = tiles.zero_features(ROWS, SLICE_PARTS)
     for first in tl.range(0, codes.positions, CODES, num_stages=STAGES):
         k = first + tl.arange(0, CODES)
+        exists = None if EVEN else k < codes.positions
         code, offset = _load_codes(codes, offsets, k, C, PARTS, EVEN)
-        x = tiles.similarities(s, code, PARTS, PRECISION) * scale + offset[None, :] - s_maximum[:, None]
-        y = tiles.similarities(t, code, PARTS, PRECISION) * scale + offset[None, :] - t_maximum[:, None]
+        x = tiles.products(student, batch, r, inside, s, codes, 0, k, exists, code, C, PARTS, PRECISION)
+        x = x * scale + offset[None, :] - s_maximum[:, None]
+        y = tiles.products(teacher, batch, r, inside, t, codes, 0, k, exists, code, C, PARTS, PRECISION)
+        y = y * scale + offset[None, :] - t_maximum[:, None]
         q = tl.exp2(y) * t_inverse[:, None]
         if OF_TEACHER:
             x = _finite(x, (k < codes.positions)[None, :], EVEN)
             weights = q * ((expected[:, None] - x) / level[:, None])
         else:
             weights = tl.exp2(x) * s_inverse[:, None] - q
-        sums = tiles.add_product(sums, weights, code, PARTS, PRECISION)
-    sums = tiles.scale_features(sums, level * factor, PARTS)
-    tiles.store_features(slopes, sums, batch, r, 0, C, PARTS)
+        if APART:
+            code = tiles.load_features(codes, 0, k, exists, channel, C, SLICE_PARTS)
+        sums = tiles.add_product(sums, weights, code, SLICE_PARTS, PRECISION)
+    sums = tiles.scale_features(sums, level * factor, SLICE_PARTS)
+    tiles.store_features(slopes, sums, batch, r, channel, C, SLICE_PARTS)
 
 
 @triton.jit
@@ -168,6 +181,8 @@ def _code_sums(
     scale,
     factor,
     x_factor,  # ln(2)
+    SLICES: tl.constexpr,
+    SLICE_PARTS: tl.constexpr,
     C: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -178,9 +193,12 @@ def _code_sums(
     """One program: the share that a group of rows has in the gradient of a block of codes."""
     program = tl.program_id(0).to(tl.int64)
     group = program % groups
-    k = program // groups * CODES + tl.arange(0, CODES)
+    APART: tl.constexpr = SLICES > 1 or PARTS[0] + PARTS[1] < C  # logits and sums take different channels of the rows
+    channel = program // groups % SLICES * SLICE_PARTS[0]
+    k = program // (groups * SLICES) * CODES + tl.arange(0, CODES)
+    exists = k < codes.positions
     code, offset = _load_codes(codes, offsets, k, C, PARTS, False)
-    sums = tiles.zero_features(CODES, PARTS)
+    sums = tiles.zero_features(CODES, SLICE_PARTS)
     weight = tl.zeros((CODES,), tl.float32)
     per_sample = tl.cdiv(student.positions, ROWS)
     for block in tl.range(group * blocks // groups, (group + 1) * blocks // groups, num_stages=STAGES):
@@ -192,71 +210,29 @@ def _code_sums(
         g = tiles.load(upstream + m, inside)[None, :]
         s = tiles.load_features(student, batch, r, inside, 0, C, PARTS)
         t = tiles.load_features(teacher, batch, r, inside, 0, C, PARTS)
-        x = tiles.similarities(code, s, PARTS, PRECISION) * scale + offset[:, None] - s_maximum[None, :]
-        x = _finite(x, (k < codes.positions)[:, None], False)
-        y = tiles.similarities(code, t, PARTS, PRECISION) * scale + offset[:, None] - t_maximum[None, :]
+        x = tiles.products(codes, 0, k, exists, code, student, batch, r, inside, s, C, PARTS, PRECISION)
+        x = x * scale + offset[:, None] - s_maximum[None, :]
+        x = _finite(x, exists[:, None], False)
+        y = tiles.products(codes, 0, k, exists, code, teacher, batch, r, inside, t, C, PARTS, PRECISION)
+        y = y * scale + offset[:, None] - t_maximum[None, :]
         q = tl.exp2(y) * (t_inverse[None, :] * g)
         of_student = tl.exp2(x) * (s_inverse[None, :] * g) - q
         of_teacher = q * ((expected[None, :] - x) * x_factor)
-        sums = tiles.add_product(sums, of_student, s, PARTS, PRECISION)
-        sums = tiles.add_product(sums, of_teacher, t, PARTS, PRECISION)
+        if APART:
+            s = tiles.load_features(student, batch, r, inside, channel, C, SLICE_PARTS)
+            t = tiles.load_features(teacher, batch, r, inside, channel, C, SLICE_PARTS)
+        sums = tiles.add_product(sums, of_student, s, SLICE_PARTS, PRECISION)
+        sums = tiles.add_product(sums, of_teacher, t, SLICE_PARTS, PRECISION)
         weight += tl.sum(of_student + of_teacher, 1)
-    own = tiles.scale_features((tiles.widen(code[0]), tiles.widen(code[1])), weight, PARTS)
+    if APART:
+        code = tiles.load_features(codes, 0, k, exists, channel, C, SLICE_PARTS)
+    own = tiles.scale_features((tiles.widen(code[0]), tiles.widen(code[1])), weight, SLICE_PARTS)
     difference = (sums[0] - own[0], sums[1] - own[1])
-    result = tiles.scale_features(difference, tl.full((CODES,), 1.0, tl.float32) * factor, PARTS)
-    tiles.store_features(partial, result, group, k, 0, C, PARTS)
+    result = tiles.scale_features(difference, tl.full((CODES,), 1.0, tl.float32) * factor, SLICE_PARTS)
+    tiles.store_features(partial, result, group, k, channel, C, SLICE_PARTS)
 
 
 # --- launches --------------------------------------------------------------------------------------------------------------------
-
-
-class Tile(NamedTuple):
-    """How one kernel is shared among threads."""
-
-    rows: int
-    codes: int
-    warps: int
-    stages: int
-
-
-# Tiles for rows of up to so many bytes, by architecture or the first part of its name: the largest that spill no register.
-TILES = {
-    "cuda:80": {
-        "statistics": {256: (128, 64, 8, 2), 1024: (64, 32, 8, 2), 2048: (32, 32, 8, 1)},
-        "slopes": {128: (128, 64, 8, 2), 256: (64, 64, 8, 2), 1024: (32, 32, 8, 2), 2048: (16, 32, 8, 1)},
-        "code_sums": {256: (32, 64, 8, 2), 512: (32, 32, 8, 1), 2048: (16, 16, 8, 1)},
-    },
-    "cuda": {
-        "statistics": {256: (128, 64, 8, 2), 1024: (64, 32, 8, 2), 2048: (32, 32, 8, 1)},
-        "slopes": {
-            128: (128, 64, 8, 2),
-            256: (64, 64, 8, 2),
-            512: (64, 32, 8, 2),
-            1024: (32, 32, 8, 2),
-            2048: (16, 32, 8, 1),
-        },
-        "code_sums": {256: (32, 64, 8, 2), 512: (32, 32, 8, 1), 2048: (16, 16, 8, 1)},
-    },
-    "hip": {
-        "statistics": {256: (64, 32, 4, 2), 512: (32, 32, 4, 2), 2048: (16, 32, 4, 1)},
-        "slopes": {256: (64, 32, 4, 2), 512: (32, 32, 4, 2), 2048: (16, 32, 4, 1)},
-        "code_sums": {256: (32, 32, 4, 1), 2048: (16, 32, 4, 1)},
-    },
-    "interpreter": {
-        "statistics": {2048: (64, 64, 4, 1)},
-        "slopes": {2048: (64, 64, 4, 1)},
-        "code_sums": {2048: (64, 64, 4, 1)},
-    },
-}
-
-
-def tile_for(kernel: str, channels: int, dtype: torch.dtype) -> Tile:
-    """From the table; rows beyond it get the smallest tile."""
-    architecture = tiles.architecture()
-    table = TILES.get(architecture) or TILES[architecture.partition(":")[0]]
-    row = sum(tiles.parts(channels)) * dtype.itemsize
-    sizes = table[kernel]
-    return Tile(*next((tile for most, tile in sizes.items() if row <= most), sizes[max(sizes)]))
 
 
 PROGRAMS = 256  # of _code_sums, roughly: their number follows from the shapes alone
@@ -290,14 +266,17 @@ def _map(t: Tensor) -> Tensor:
 def _launch_rows(kernel, problem: _Problem, which: str, *args: object) -> None:
     channels = problem.student.data.shape[1]
     tile = tile_for(which, channels, problem.student.data.dtype)
-    kernel[(problem.student.data.shape[0] * triton.cdiv(problem.student.positions, tile.rows),)](
+    slices = 1 if kernel is _statistics else triton.cdiv(channels, tile.slice)  # statistics have no channels to share
+    result = () if kernel is _statistics else (slices, tiles.parts(min(channels, tile.slice)))
+    kernel[(problem.student.data.shape[0] * slices * triton.cdiv(problem.student.positions, tile.rows),)](
         problem.student,
         problem.teacher,
         problem.codes,
         problem.offsets,
         *args,
+        *result,
         channels,
-        tiles.parts(channels),
+        tiles.parts(min(channels, tile.held)),
         tile.rows,
         tile.codes,
         problem.codes.positions % tile.codes == 0,
@@ -375,11 +354,12 @@ def _codebook_gradient(problem: _Problem, statistics: Tensor, grad: Tensor, temp
     tile = tile_for("code_sums", channels, problem.student.data.dtype)
     code_blocks = triton.cdiv(codes, tile.codes)
     blocks = problem.student.data.shape[0] * triton.cdiv(problem.student.positions, tile.rows)
-    groups = max(1, min(blocks, triton.cdiv(PROGRAMS, code_blocks)))
+    slices = triton.cdiv(channels, tile.slice)
+    groups = max(1, min(blocks, triton.cdiv(PROGRAMS, code_blocks * slices)))
     largest = torch.cat([grad.abs(), grad.new_zeros(1)]).amax()
     upstream = torch.where(largest > 0, grad / largest, grad).contiguous()  # float16 has no digits for 1 / M
     partial = problem.offsets.new_empty((groups, codes, channels))
-    _code_sums[(code_blocks * groups,)](
+    _code_sums[(code_blocks * slices * groups,)](
         problem.student,
         problem.teacher,
         problem.codes,
@@ -393,8 +373,10 @@ def _codebook_gradient(problem: _Problem, statistics: Tensor, grad: Tensor, temp
         problem.scale,
         2 / temperature,
         log(2),
+        slices,
+        tiles.parts(min(channels, tile.slice)),
         channels,
-        tiles.parts(channels),
+        tiles.parts(min(channels, tile.held)),
         tile.rows,
         tile.codes,
         tile.stages,

@@ -54,22 +54,16 @@ def _attend(
     batch, first_row, piece = tiles.place(rows, ROWS, SLICES)
     channel = piece * VALUE_PARTS[0]
     r = first_row + tl.arange(0, ROWS)
-    STREAMED: tl.constexpr = PARTS[0] + PARTS[1] < C
-    if not STREAMED:
-        row = tiles.load_features(rows, batch, r, r < rows.positions, 0, C, PARTS)
+    row_inside = r < rows.positions
+    row = tiles.load_features(rows, batch, r, row_inside, 0, C, PARTS)
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tiles.zero_features(ROWS, VALUE_PARTS)
     for first in tl.range(0, columns.positions, COLUMNS, num_stages=STAGES):
         c = first + tl.arange(0, COLUMNS)
         inside = None if EVEN else c < columns.positions
-        if STREAMED:
-            logits = tiles.streamed_similarities(
-                rows, batch, r, r < rows.positions, columns, batch, c, inside, C, PARTS, PRECISION
-            )
-        else:
-            column = tiles.load_features(columns, batch, c, inside, 0, C, PARTS)
-            logits = tiles.similarities(row, column, PARTS, PRECISION)
+        column = tiles.load_features(columns, batch, c, inside, 0, C, PARTS)
+        logits = tiles.products(rows, batch, r, row_inside, row, columns, batch, c, inside, column, C, PARTS, PRECISION)
         logits *= scale
         if GIVEN:
             logits -= tiles.load(statistics + batch * columns.positions + c, c < columns.positions)[None, :]
@@ -86,9 +80,8 @@ def _attend(
             total = total * shrink + tl.sum(weights, 1)
             sums = tiles.scale_features(sums, shrink, VALUE_PARTS)
         if out is not None:
-            if values is None:
-                value = column
-            else:
+            value = column
+            if values is not None:
                 value = tiles.load_features(values, batch, c, inside, channel, CV, VALUE_PARTS)
             sums = tiles.add_product(sums, weights, value, VALUE_PARTS, PRECISION)
     if not GIVEN:
@@ -131,16 +124,15 @@ def _slopes(
     batch, first_row, piece = tiles.place(rows, ROWS, SLICES)
     channel = piece * SLICE_PARTS[0]
     r = first_row + tl.arange(0, ROWS)
-    STREAMED: tl.constexpr = PARTS[0] + PARTS[1] < C
-    VALUES_STREAMED: tl.constexpr = VALUE_PARTS[0] + VALUE_PARTS[1] < CV
+    APART: tl.constexpr = (
+        SLICES > 1 or PARTS[0] + PARTS[1] < C
+    )  # logits and sums take different channels of the columns
     row_inside = r < rows.positions
-    if not STREAMED:
-        row = tiles.load_features(rows, batch, r, row_inside, 0, C, PARTS)
-    if not VALUES_STREAMED:
-        if row_values is None:
-            row_value = row
-        else:
-            row_value = tiles.load_features(row_values, batch, r, row_inside, 0, CV, VALUE_PARTS)
+    row = tiles.load_features(rows, batch, r, row_inside, 0, C, PARTS)
+    value_rows, row_value = rows, row
+    if row_values is not None:
+        value_rows = row_values
+        row_value = tiles.load_features(row_values, batch, r, row_inside, 0, CV, VALUE_PARTS)
     if not BY_COLUMN:
         statistic = tiles.load(statistics + batch * rows.positions + r, r < rows.positions)[:, None]
         if gradient is not None:
@@ -150,25 +142,27 @@ def _slopes(
     for first in tl.range(0, columns.positions, COLUMNS, num_stages=STAGES):
         c = first + tl.arange(0, COLUMNS)
         inside = None if EVEN else c < columns.positions
-        if STREAMED:
-            logits = tiles.streamed_similarities(
-                rows, batch, r, row_inside, columns, batch, c, inside, C, PARTS, PRECISION
-            )
-        else:
-            column = tiles.load_features(columns, batch, c, inside, 0, C, PARTS)
-            logits = tiles.similarities(row, column, PARTS, PRECISION)
-        if VALUES_STREAMED:
-            value_rows = rows if row_values is None else row_values
-            value_columns = columns if column_values is None else column_values
-            slopes = tiles.streamed_similarities(
-                value_rows, batch, r, row_inside, value_columns, batch, c, inside, CV, VALUE_PARTS, PRECISION
-            )
-        else:
-            if column_values is None:
-                column_value = column
-            else:
-                column_value = tiles.load_features(column_values, batch, c, inside, 0, CV, VALUE_PARTS)
-            slopes = tiles.similarities(row_value, column_value, VALUE_PARTS, PRECISION)
+        column = tiles.load_features(columns, batch, c, inside, 0, C, PARTS)
+        value_columns, column_value = columns, column
+        if column_values is not None:
+            value_columns = column_values
+            column_value = tiles.load_features(column_values, batch, c, inside, 0, CV, VALUE_PARTS)
+        logits = tiles.products(rows, batch, r, row_inside, row, columns, batch, c, inside, column, C, PARTS, PRECISION)
+        slopes = tiles.products(
+            value_rows,
+            batch,
+            r,
+            row_inside,
+            row_value,
+            value_columns,
+            batch,
+            c,
+            inside,
+            column_value,
+            CV,
+            VALUE_PARTS,
+            PRECISION,
+        )
         if BY_COLUMN:
             statistic = tiles.load(statistics + batch * columns.positions + c, c < columns.positions)[None, :]
             mean = tiles.load(delta + batch * columns.positions + c, c < columns.positions)[None, :]
@@ -180,11 +174,11 @@ def _slopes(
         if gradient is None:
             total += tl.sum(slopes, 1)
         else:
-            if SLICES > 1 or STREAMED:
+            if APART:
                 column = tiles.load_features(columns, batch, c, inside, channel, C, SLICE_PARTS)
             sums = tiles.add_product(sums, slopes, column, SLICE_PARTS, PRECISION)
             if row_values is None:
-                if SLICES > 1 or STREAMED:
+                if APART:
                     column_value = tiles.load_features(column_values, batch, c, inside, channel, CV, SLICE_PARTS)
                 sums = tiles.add_product(sums, weights, column_value, SLICE_PARTS, PRECISION)
     if gradient is None:

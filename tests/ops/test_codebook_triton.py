@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 import kdops
 from kdops.codebook import triton as kernels
+from kdops.codebook.table import Tile
 from tests.contract import GPU, relative_error
 
 DEVICE = "cuda" if GPU else "cpu"
@@ -51,6 +52,13 @@ def test_any_shape(shape: tuple[int, ...], codes: int, dtype: torch.dtype, tempe
 @pytest.mark.parametrize("channels", [48, 180, 300])
 def test_channels_in_two_parts(channels: int) -> None:
     check(drawn((40, channels), 70, torch.float32), float(channels))
+
+
+@pytest.mark.parametrize(("share", "held"), [(16, 16), (16, 512), (512, 16)])
+def test_channels_in_slices_and_streamed(share: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several programs may share the channels of the result, and those of the logits may stream through: 40 = 16 + 16 + 8."""
+    monkeypatch.setattr(kernels, "tile_for", lambda *_: Tile(32, 32, 4, 1, share, held))
+    check(drawn((2, 40, 37), 70, torch.float32), 4.0)
 
 
 def test_the_codebook_sums_over_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,9 +80,12 @@ def test_channel_counts_of_networks(c: int) -> None:
 
 @both_ways
 @every_form
-def test_slices_of_channels_and_many_tiles(form: str, normalize: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where an accumulator would not fit, several programs share the channels of the result: 40 = 16 + 16 + 8."""
-    monkeypatch.setattr(kernels, "tile_for", lambda *_: Tile(32, 32, 4, 1, 16))
+@pytest.mark.parametrize("held", [512, 16], ids=["held", "streamed"])
+def test_slices_of_channels_and_many_tiles(
+    form: str, normalize: str, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several programs may share the channels of the result, and those of the logits may stream through: 40 = 16 + 16 + 8."""
+    monkeypatch.setattr(kernels, "tile_for", lambda *_: Tile(32, 32, 4, 1, 16, held))
     shape = (1, 40, 37)
     check(drawn(*[shape] * (1 + max(ROLES[form])), frozen=FROZEN.get(form, ())), ROLES[form], normalize=normalize)
 

@@ -1,0 +1,77 @@
+"""How the Triton kernels of the codebook cut their work into tiles: shipped, so that no first call stops to tune itself."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .. import tiles
+
+ALL = 1 << 30
+
+
+class Tile(NamedTuple):
+    """How one kernel is shared among threads."""
+
+    rows: int
+    codes: int
+    warps: int
+    stages: int
+    slice: int = ALL  # channels of the result that a program sums up: more are shared among several programs
+    held: int = ALL  # channels of the logits on chip at a time: more of them stream through, so many at a time
+
+
+# By architecture or the first part of its name, kernel and bytes of a number: the tile of up to so many channels. Chosen among the
+# largest that spill no register and fit the shared memory when compiled (docs/performance/codebook.md), not yet timed on a GPU.
+FLOAT32: dict[tuple[str, int], dict[int, Tile]] = {
+    ("statistics", 4): {512: Tile(64, 32, 8, 1, held=32)},
+    ("slopes", 4): {512: Tile(64, 32, 8, 1, 64, 32)},
+    ("code_sums", 4): {512: Tile(16, 64, 8, 1, 64, 32)},
+}
+TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
+    "cuda:80": {
+        ("statistics", 2): {128: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2), 1024: Tile(32, 32, 8, 1)},
+        ("slopes", 2): {
+            64: Tile(128, 64, 8, 2),
+            128: Tile(64, 64, 8, 2),
+            512: Tile(32, 32, 8, 2),
+            1024: Tile(16, 32, 8, 1),
+        },
+        ("code_sums", 2): {128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1), 1024: Tile(16, 16, 8, 1)},
+        **FLOAT32,
+    },
+    "cuda": {
+        ("statistics", 2): {128: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2), 1024: Tile(32, 32, 8, 1)},
+        ("slopes", 2): {
+            64: Tile(128, 64, 8, 2),
+            128: Tile(64, 64, 8, 2),
+            256: Tile(64, 32, 8, 2),
+            512: Tile(32, 32, 8, 2),
+            1024: Tile(16, 32, 8, 1),
+        },
+        ("code_sums", 2): {128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1), 1024: Tile(16, 16, 8, 1)},
+        **FLOAT32,
+    },
+    "hip": {
+        ("statistics", 2): {128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2), 1024: Tile(16, 32, 4, 1)},
+        ("slopes", 2): {128: Tile(64, 32, 4, 2), 256: Tile(32, 32, 4, 2), 1024: Tile(16, 32, 4, 1)},
+        ("code_sums", 2): {128: Tile(32, 32, 4, 1), 1024: Tile(16, 32, 4, 1)},
+        ("statistics", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 512: Tile(16, 32, 4, 1)},
+        ("slopes", 4): {64: Tile(64, 32, 4, 2), 128: Tile(32, 32, 4, 2), 512: Tile(16, 32, 4, 1)},
+        ("code_sums", 4): {64: Tile(32, 32, 4, 1), 512: Tile(16, 32, 4, 1)},
+    },
+    "interpreter": {
+        (kernel, size): {128: Tile(64, 64, 4, 1), 512: Tile(64, 64, 4, 1, 128, 64)}
+        for kernel in ("statistics", "slopes", "code_sums")
+        for size in (2, 4)
+    },
+}
+
+
+def tile_for(kernel: str, channels: int, dtype: torch.dtype) -> Tile:
+    """From the table; more channels than it knows get its last tile."""
+    architecture = tiles.architecture()
+    table = TILES.get(architecture) or TILES[architecture.partition(":")[0]]
+    sizes = table[kernel, dtype.itemsize]
+    return next((tile for most, tile in sizes.items() if channels <= most), sizes[max(sizes)])
