@@ -19,9 +19,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     slice: int = MOST_CHANNELS  # channels of the result that a program sums up: more are shared among several programs
-    held: int = (
-        MOST_CHANNELS  # channels of the logits on chip at a time: more of them stream through, so many at a time
-    )
+    held: int = MOST_CHANNELS  # channels of the logits on chip: more of them stream through, so many at a time
 
 
 # For each architecture, sweep and bytes of a number: the tile of up to so many channels. Chosen among those that spill fewest
@@ -36,7 +34,7 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         },
         ("slopes", 2): {128: Tile(128, 32, 8, 2), 384: Tile(32, 32, 4, 2), 512: Tile(16, 32, 4, 1, 128)},
         ("attend", 4): {64: Tile(64, 32, 8, 2), 512: Tile(64, 32, 8, 1, 128, 32)},
-        ("slopes", 4): {64: Tile(32, 32, 4, 2), 512: Tile(64, 32, 8, 1, 64, 32)},
+        ("slopes", 4): {512: Tile(64, 32, 8, 1, 64, 32)},
     },
     "cuda:90": {
         ("attend", 2): {256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2)},
@@ -47,19 +45,19 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
             512: Tile(64, 16, 8, 2, 128),
         },
         ("attend", 4): {64: Tile(64, 32, 4, 2), 512: Tile(128, 32, 8, 1, 128, 32)},
-        ("slopes", 4): {64: Tile(32, 32, 4, 2), 512: Tile(64, 32, 8, 1, 64, 32)},
+        ("slopes", 4): {512: Tile(64, 32, 8, 1, 64, 32)},
     },
     "cuda:100": {
         ("attend", 2): {128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2), 512: Tile(64, 32, 8, 1, 256)},
         ("slopes", 2): {128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2), 512: Tile(64, 32, 8, 1, 128)},
         ("attend", 4): {64: Tile(64, 32, 4, 2), 512: Tile(128, 32, 8, 1, 128, 32)},
-        ("slopes", 4): {64: Tile(32, 32, 4, 2), 512: Tile(64, 32, 8, 1, 128, 32)},
+        ("slopes", 4): {512: Tile(64, 32, 8, 1, 128, 32)},
     },
     "hip": {
         ("attend", 2): {64: Tile(64, 64, 4, 1), 256: Tile(32, 32, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
         ("slopes", 2): {64: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
-        ("attend", 4): {64: Tile(32, 32, 4, 1), 512: Tile(16, 16, 4, 1, 128)},
-        ("slopes", 4): {64: Tile(32, 32, 4, 1), 512: Tile(16, 16, 4, 1, 128)},
+        ("attend", 4): {64: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128, 64)},
+        ("slopes", 4): {64: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128, 64)},
     },
     "interpreter": {
         (sweep, size): {128: Tile(64, 64, 4, 1), 512: Tile(64, 64, 4, 1, 128, 512 if size == 2 else 64)}
