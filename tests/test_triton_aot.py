@@ -42,13 +42,15 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
     return compiled(tmp_path_factory.mktemp("triton"))
 
 
-def may_spill(record: dict[str, Any]) -> bool:
-    """Spatial attention with many channels, or in float32; docs/performance/spatial_attention.md has how much."""
-    if record["op"] != "spatial_attention" or record["kernel"] == "_delta":
-        return False
+def spills_allowed(record: dict[str, Any]) -> float:
+    """docs/performance/ has what does spill: spatial attention of many 16-bit channels; a few numbers of float32 operands."""
+    if record["op"] not in ("channel_attention", "codebook", "spatial_attention") or record["kernel"] == "_delta":
+        return SPILLS
+    if record["dtypes"][0] == "float32":
+        return 64
     hopper, own = record["target"] == "cuda:90", {"values", "row_values"} & set(record["absent"])
     most = 192 if not hopper else 512 if own and record["kernel"] == "_attend" else 256
-    return record["dtypes"][0] == "float32" or record["constants"]["C"] > most
+    return float("inf") if record["op"] == "spatial_attention" and record["constants"]["C"] > most else SPILLS
 
 
 def problems(records: Records) -> Records:
@@ -57,7 +59,7 @@ def problems(records: Records) -> Records:
         record
         for record in records
         if "error" in record
-        or (record["spills"] > SPILLS and not may_spill(record))
+        or record["spills"] > spills_allowed(record)
         or record["shared"] > SHARED_MEMORY[record["target"]] * 1024
         or record["registers"] == 0
     ]
@@ -94,7 +96,7 @@ def test_products_of_tiles_use_matrix_instructions(records: Records) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"error": "CompilationError"}, {"spills": 64}, {"shared": 300 * 1024}], ids=["error", "spill", "shared"]
+    "change", [{"error": "CompilationError"}, {"spills": 72}, {"shared": 300 * 1024}], ids=["error", "spill", "shared"]
 )
 def test_a_bad_kernel_is_noticed(records: Records, change: dict[str, Any]) -> None:
     assert problems([records[0] | change])
