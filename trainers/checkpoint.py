@@ -85,6 +85,24 @@ class Checkpoints:
         """The newest complete checkpoint."""
         return self._target("last") or max(self._complete(), default=None)
 
+    def read_last(self) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """The newest complete checkpoint, and what `read_checkpoint` makes of it.
+
+        Raises:
+            InputError: there is none, or it is damaged.
+        """
+        path = self.last()
+        if path is None:
+            raise InputError(
+                f"{self.folder.parent} has no checkpoint yet: remove the folder and start again with kdtrain train"
+            )
+        try:
+            return path, *read_checkpoint(path)
+        except InputError as error:
+            earlier = [other for other in self._complete() if other != path]
+            instead = f"remove {path} to go on from {earlier[-1].name}" if earlier else "there is no earlier one"
+            raise InputError([*error.problems, instead]) from None
+
     def best(self) -> Path | None:
         """The checkpoint with the best validation result."""
         return self._target("best")

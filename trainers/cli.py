@@ -29,12 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        from trainers.errors import ImageLost
+
         known = exit_code(error)
         if known is None:
             raise  # a bug of ours: the traceback is what we need, and Python exits with 1
         code, message = known
         # On several devices all processes end together for these reasons; the first one says it.
-        if _is_first_process() or code not in (2, 4, 130):
+        if _is_first_process() or code not in (2, 4, 130) or isinstance(error, ImageLost):
             print(message, file=sys.stderr)
         return code
 
@@ -52,7 +54,7 @@ def _say(text: str) -> None:
 def exit_code(error: Exception) -> tuple[int, str] | None:
     """(exit code, message) of a failure that is no bug."""
     from trainers.checkpoint import SaveFailed
-    from trainers.errors import Diverged, InputError, OutOfMemory, out_of_memory
+    from trainers.errors import Diverged, InputError, OutOfMemory, out_of_memory, process_lost
     from trainers.signals import Interrupted
 
     if isinstance(error, InputError):
@@ -67,6 +69,9 @@ def exit_code(error: Exception) -> tuple[int, str] | None:
         return 1, str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 1, f"{error}: free some space, then kdtrain resume RUN goes on from the last checkpoint"
+    lost = process_lost(error)
+    if lost is not None:
+        return 1, f"{lost}; kdtrain resume RUN goes on from the last checkpoint"
     if out_of_memory(error):
         return 3, f"{OUT_OF_MEMORY_ADVICE}\n({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return None

@@ -18,6 +18,10 @@ class InputError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+class ImageLost(InputError):
+    """An image became unreadable during training. On several devices one process finds it, and says so itself."""
+
+
 class Diverged(Exception):
     """A loss became NaN or infinite. `kdtrain` exits with code 4; the message names the first such term."""
 
@@ -32,3 +36,15 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     )
+
+
+def process_lost(error: BaseException) -> str | None:
+    """What a failure says about another process of this run that has ended; None if it is none."""
+    text = str(error)
+    # torch says so where it notices the signal first; else the batch that was on its way breaks off.
+    if isinstance(error, (ConnectionError, EOFError)) or text.startswith("DataLoader worker"):
+        return f"a data worker has ended ({text or type(error).__name__}): if memory was short, lower data.workers"
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    if isinstance(error, RuntimeError) and any(said in text for said in lost):
+        return "the process of another device has ended: see what it said"
+    return None

@@ -14,12 +14,12 @@ from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainers.checkpoint import SaveFailed, read_checkpoint
+from trainers.checkpoint import SaveFailed
 from trainers.config import Config, stages
 from trainers.data.loader import batches
 from trainers.data.sets import TrainSet
 from trainers.ema import EMA
-from trainers.errors import Diverged, InputError, out_of_memory
+from trainers.errors import Diverged, ImageLost, InputError, out_of_memory
 from trainers.loss_weights import LossWeights, gradient_norms, weighted_sum
 from trainers.micro_batches import MicroBatches, stage_at
 from trainers.networks import any_size
@@ -88,6 +88,7 @@ class Loop:
         self.weights = LossWeights(config.method.weights)
         self.ema = None if config.train.ema is None else EMA(train_step.student, config.train.ema)
         self.position = Position()
+        self.window = Window()
         self.micro_batches = MicroBatches(fabric, self.stages, train_step)
 
     @property
@@ -102,41 +103,42 @@ class Loop:
             Diverged: a loss became NaN or infinite. Nothing is saved of such a state.
             Interrupted: SIGINT or SIGTERM. The state is saved.
         """
-        train, window = self.config.train, Window()
-        data = self._batches()
+        train, data = self.config.train, self._batches()
         with StopRequest() as stop:
             while self.position.step < train.steps:
                 started = time.perf_counter()
                 lq, gt = next(data)
-                window.waited += time.perf_counter() - started
-                window.losses.append(self._step(lq, gt, progress))
+                waited = time.perf_counter() - started
+                self.window.losses.append(self._step(lq, gt, progress))
                 self.position.step += 1
                 if self.fabric.device.type == "cpu" and self.fabric.world_size == 1:
-                    self._check_finite(window.losses[-1:])  # costs nothing here; elsewhere it would wait for the device
+                    self._check_finite(
+                        self.window.losses[-1:]
+                    )  # costs nothing here; elsewhere it would wait for the device
                 elapsed = time.perf_counter() - started
                 self.position.seconds += elapsed
-                window.seconds += elapsed
+                self.window.seconds += elapsed
+                self.window.waited += waited
                 progress.advance(self.position.step)
                 stopping = self._agree(stop.requested)
-                window = self._after_step(window, progress, stopping)
+                self._after_step(progress, stopping)
                 if stopping:
                     raise Interrupted(self.position.step)
 
-    def _after_step(self, window: Window, progress: TrainingProgress, stopping: bool) -> Window:
+    def _after_step(self, progress: TrainingProgress, stopping: bool) -> None:
         """Log, validate and save, each when it is due."""
         step, train = self.position.step, self.config.train
         last = step == train.steps
         validating = last or step % self.config.val.every == 0
         saving = last or stopping or step % train.save_every == 0
         if last or step % train.log_every == 0:
-            self._log(window, progress)
-            window = Window()
+            self._log(progress)
+            self.window = Window()
         elif validating or saving:
-            self._check_finite(window.losses)
+            self._check_finite(self.window.losses)
         improved = validating and self._validate(progress)
         if saving or improved:
             self.save(best=improved)
-        return window
 
     def _step(self, lq: Tensor, gt: Tensor, progress: TrainingProgress) -> Tensor:
         """One optimiser step; where memory runs out, the same step again in smaller micro-batches.
@@ -197,11 +199,15 @@ class Loop:
                 rows=self.micro_batches.rows(starts[index]),
                 workers=self.config.data.workers,
             )
-            yield from ((lq, gt) for _, lq, gt in made)
+            try:
+                yield from ((lq, gt) for _, lq, gt in made)
+            except InputError as error:
+                advice = f"put it back, then kdtrain resume {self.folder.path} goes on from the last checkpoint"
+                raise ImageLost([*error.problems, advice]) from None
 
-    def _log(self, window: Window, progress: TrainingProgress) -> None:
+    def _log(self, progress: TrainingProgress) -> None:
+        window, step = self.window, self.position.step
         self._check_finite(window.losses)
-        step = self.position.step
         mean = self._everywhere(torch.stack(window.losses).mean(dim=0)).tolist()
         losses = dict(zip(self.train_step.method.losses, mean, strict=True))
         weights = self.weights.at(step - 1)
@@ -270,6 +276,8 @@ class Loop:
             SaveFailed, on every rank: it could not be written. Diverged: the weights are not finite; nothing is written.
         """
         randomness = gather_objects(self.fabric, random_state(self.fabric.device))
+        if self.window.losses:
+            self.window.losses = list(self._everywhere(torch.stack(self.window.losses)))
         if not all(bool(value.isfinite().all()) for value in self.train_step.student.parameters()):
             raise Diverged(
                 f"the student's weights are not finite after step {self.position.step}; nothing was saved of it"
@@ -295,6 +303,7 @@ class Loop:
             "optimizer": self.optimizer.state_dict(),
             "others": self.train_step.others(),
             "loss_weights": self.weights.state(),
+            "window": vars(self.window),
             "randomness": randomness,
         }
         self.folder.sync()
@@ -304,14 +313,9 @@ class Loop:
         """Goes back to the last checkpoint, and metrics.jsonl with it.
 
         Raises:
-            InputError: there is none, or it does not fit the config.
+            InputError: there is none, it is damaged, or it does not fit the config.
         """
-        path = self.checkpoints.last()
-        if path is None:
-            raise InputError(
-                f"{self.folder.path} has no checkpoint yet: remove the folder and start again with kdtrain train"
-            )
-        weights, state = read_checkpoint(path)
+        path, weights, state = self.checkpoints.read_last()
         try:
             self.train_step.student.load_state_dict(weights["student"])
             self.train_step.load_state_dict(state["others"], strict=False)
@@ -324,6 +328,8 @@ class Loop:
             raise InputError(f"{path} does not fit the config: {error}; undo the change, or start a new run") from None
         self.weights.load(state["loss_weights"])
         self.position = Position(state["step"], state["seconds"], state["best"])
+        self.window = Window(**state.get("window", {}))  # the oldest checkpoints have none
+        self.window.losses = [losses.to(self.fabric.device) for losses in self.window.losses]
         if len(state["randomness"]) == self.fabric.world_size:
             restore_random_state(state["randomness"][self.fabric.global_rank], self.fabric.device)
         if self.fabric.is_global_zero:
