@@ -9,7 +9,7 @@ from pydantic import Field, Tag, ValidationInfo, model_validator
 
 from trainers.architectures import Network, described, entry, has_scale, options
 from trainers.data.degradations import AnyDegradation, Bicubic
-from trainers.fields import PHOTOS, TEACHER, Auto, PathText, Section, Share, base_folder, shape_of
+from trainers.fields import PHOTOS, TEACHER, Auto, PathText, Section, Share, SizeText, base_folder, shape_of
 from trainers.inference import Tiled
 from trainers.methods import AnyMethodOptions, Run
 from trainers.metrics import PROTOCOLS
@@ -97,6 +97,15 @@ class Data(Section):
         return self.train if isinstance(self.train, list) else [self.train]
 
 
+class TeacherCacheOptions(Section):
+    """Keeps the teacher's answers on the disk, for other runs with the same seed, data and batches: same results, less time."""
+
+    path: Annotated[Literal["auto"] | PathText, Field(union_mode="left_to_right")] = "auto"
+    """Folder, which runs may share; auto: <out>/teacher-cache."""
+    max_size: SizeText = "20GiB"
+    """Most bytes in the folder; a run that needs more is refused."""
+
+
 class Train(Section):
     """Optimisation."""
 
@@ -132,6 +141,8 @@ class Train(Section):
     """Number of devices, or auto for all GPUs (one process on a CPU)."""
     seed: int = Field(default=0, ge=0)
     """Seed of the student's initialisation and of the data."""
+    teacher_cache: TeacherCacheOptions | None = None
+    """Keeps the teacher's answers for other runs with the same seed and data; null computes them in every run."""
     save_every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
     keep: int = Field(default=2, ge=1)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo
 
+from trainers.errors import InputError
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 PHOTOS = "photos"
 BUILTIN = "builtin:"
 TEACHER = "teacher"
@@ -38,6 +42,30 @@ def _absolute(value: str, info: ValidationInfo) -> str:
 
 # A file or folder. A relative path is relative to the YAML file; `photos`, `teacher` and `builtin:...` are names of ours and stay.
 PathText = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
+
+
+def parse_bytes(text: str) -> int:
+    """8GiB, 512M, 2e9 -> bytes; G and GiB are both 2^30.
+
+    Raises:
+        InputError: not a size.
+    """
+    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise InputError(f"{text}: give a size such as 8GiB or 512MiB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def _is_size(value: str) -> str:
+    try:
+        parse_bytes(value)
+    except InputError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+# A number of bytes, such as 20GiB.
+SizeText = Annotated[str, AfterValidator(_is_size)]
 
 
 def _shape(value: Any) -> str:

@@ -27,6 +27,7 @@ from trainers.signals import sigterm_interrupts
 from trainers.slicing import build_student
 from trainers.step import TrainStep
 from trainers.taps import Adapters, Tapped, tap_group
+from trainers.teacher_cache import CachedTeacher, TeacherCache, enable, open_cache
 from trainers.validation import Validation, write_results
 
 Placed = TypeVar("Placed", bound=nn.Module)
@@ -74,7 +75,8 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
         )
     folder = _on_first_rank(fabric, open_folder)
     try:
-        loop = build_loop(fabric, config, folder, resuming=resuming)
+        cache = open_cache(config, fabric.world_size)
+        loop = build_loop(fabric, config, folder, resuming=resuming, cache=cache)
         if fabric.is_global_zero:
             # Not before all of the config has been used: a start that fails leaves no run behind.
             if config.train.tensorboard:
@@ -84,6 +86,8 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
         with shown as progress:
             progress.say(summary(config, fabric, folder))
             loop.run(progress)
+            if cache is not None:
+                progress.say(cache.summary())
         if fabric.is_global_zero:
             position = loop.position
             write_results(loop.validation, loop.result, folder, seconds=position.seconds, best=position.best)
@@ -112,13 +116,17 @@ def make_fabric(train: Train) -> Fabric:
     )
 
 
-def build_loop(fabric: Fabric, config: Config, folder: RunFolder, *, resuming: bool) -> Loop:
+def build_loop(
+    fabric: Fabric, config: Config, folder: RunFolder, *, resuming: bool, cache: TeacherCache | None = None
+) -> Loop:
     """Networks, data, optimiser and the loop over them, at the start or at the last checkpoint."""
     seed_everything(config.train.seed)
     # The student comes first: methods to be compared start from the same weights.
     student = build_student(config)
     train_sets = [open_train_set(stage.data, stage.scale, stage.data.patch) for _, stage in stages(config)]
-    train_step = build_step(config, student, train_sets[0], fabric.device, calibrate=not resuming)
+    train_step = build_step(config, student, train_sets[0], fabric.device, calibrate=not resuming, cache=cache)
+    if cache is not None:
+        enable(cache, stages(config), train_step, fabric.device)
     optimizer = make_optimizer(config.train, train_step)
     model, wrapped_optimizer = fabric.setup(train_step, optimizer)
     validation = Validation(config, fabric.device)
@@ -129,7 +137,13 @@ def build_loop(fabric: Fabric, config: Config, folder: RunFolder, *, resuming: b
 
 
 def build_step(
-    config: Config, student: nn.Module, train_set: TrainSet, device: torch.device, *, calibrate: bool
+    config: Config,
+    student: nn.Module,
+    train_set: TrainSet,
+    device: torch.device,
+    *,
+    calibrate: bool,
+    cache: TeacherCache | None = None,
 ) -> TrainStep:
     """The TrainStep of a config, on the device; its adapters calibrated on the batch of step 0 if asked."""
     method = methods.build(config.method)
@@ -143,6 +157,8 @@ def build_step(
         described = config.teacher.model_copy(update={"weights": needs.weights.get(name, config.teacher.weights)})
         teacher = networks.build_network(described, name).eval().requires_grad_(False)
         teachers[name] = Tapped(_placed(teacher, config.train, device), wanted_taps(config.teacher, needs))
+        if cache is not None:
+            teachers[name] = CachedTeacher(teachers[name], described.model_dump_json(exclude={"weights"}), cache)
     first_batch = FirstBatch(config, train_set, device)
     adapters = None
     if needs.taps and needs.adapters:

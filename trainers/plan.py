@@ -32,7 +32,6 @@ from trainers.step import TrainStep
 BACKENDS = {"kdops": "auto", "reference": "reference"}  # name in the plan -> of kdops.backend()
 HEADROOM = 0.9  # of the memory that is free: the rest of the machine goes on
 LOW, HIGH = 2**26, 2**29  # bytes of the two steps that are measured to learn what a process takes besides
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
@@ -58,18 +57,6 @@ class Planned:
     seconds: float | None
     """Of one micro-batch with its share of the optimiser's step; None where it was not run."""
     measured: bool
-
-
-def parse_bytes(text: str) -> int:
-    """8GiB, 512M, 2e9 -> bytes; G and GiB are both 2^30.
-
-    Raises:
-        InputError: not a size.
-    """
-    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if found is None:
-        raise InputError(f"--memory {text}: give a size such as 8GiB or 512MiB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def free_memory() -> int:

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from trainers.config import Config
 from trainers.errors import InputError
-from trainers.plan import BACKENDS, Planned, Planner, Point, free_memory, parse_bytes, patch_problems
+from trainers.fields import parse_bytes
+from trainers.plan import BACKENDS, Planned, Planner, Point, free_memory, patch_problems
 
 MIB, GIB = 2**20, 2**30
 

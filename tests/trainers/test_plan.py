@@ -17,8 +17,9 @@ from trainers.cli import main
 from trainers.config import Config
 from trainers.config_file import load_config
 from trainers.errors import InputError
+from trainers.fields import parse_bytes
 from trainers.footprint import LiveBytes, scratch_bytes
-from trainers.plan import Planner, Point, dynamic, measure_in_child, parse_bytes
+from trainers.plan import Planner, Point, dynamic, measure_in_child
 from trainers.recompute import recompute, repeated_blocks
 
 MIB = 2**20
