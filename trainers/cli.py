@@ -42,8 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _is_first_process() -> bool:
-    """On several devices Fabric starts this command once for each."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    """On several devices Fabric, torchrun or SLURM starts this command once for each."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def _say(text: str) -> None:

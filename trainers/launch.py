@@ -112,6 +112,7 @@ def make_fabric(train: Train) -> Fabric:
     return Fabric(
         accelerator=train.accelerator,
         devices=train.devices,
+        num_nodes=train.nodes,
         precision="bf16-mixed" if train.precision == "bf16" else "32-true",
     )
 
