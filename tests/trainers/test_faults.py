@@ -87,6 +87,7 @@ Checkpoints.save = save
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # twenty starts of a process, each of many seconds on a busy machine
 def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
     """kill -9 up to 0.3 s after the first checkpoint of each attempt, with a checkpoint every other step."""
     config = write_tiny(tmp_path, "facd", steps=1_000_000, save_every=2, log_every=3, schedule="constant")
