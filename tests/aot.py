@@ -171,6 +171,25 @@ def channel_attention(everything: bool) -> Calls:
             yield from calls(c, dtype)
 
 
+def affinity(everything: bool) -> Calls:
+    from kdops.affinity import triton as ops
+
+    def calls(c: int, dtype: torch.dtype, p: int) -> Calls:
+        student, teacher, grad = empty(2, c, 64, 64, dtype=dtype), empty(2, 64, 64, 64, dtype=dtype), empty(2)
+        grams = empty(2, c + 64, c + 64, dtype=torch.float64)
+        yield lambda: ops.affinity_distance(student, teacher, p, 1e-8)
+        yield lambda: ops.affinity_distance_backward(grad, grams, student, teacher, p, 1e-8, True, False)
+
+    for c in CHANNELS if everything else (180,):
+        for dtype in (torch.bfloat16, torch.float32) if everything else (torch.bfloat16,):
+            for p in (1, 2):
+                yield from calls(c, dtype, p)
+    if everything:  # p=2 with few positions goes by tiles
+        few = [empty(2, 64, 8, 8, dtype=torch.bfloat16) for _ in range(2)]
+        yield lambda: ops.affinity_distance(*few, 2, 1e-8)
+        yield lambda: ops.affinity_distance_backward(empty(2), empty(0), *few, 2, 1e-8, True, True)
+
+
 OPS: dict[str, Callable[[bool], Calls]] = {
     "codebook": codebook,
     "contrast": contrast,
@@ -178,6 +197,7 @@ OPS: dict[str, Callable[[bool], Calls]] = {
     "nss": nss,
     "spatial_attention": spatial_attention,
     "channel_attention": channel_attention,
+    "affinity": affinity,
 }
 
 

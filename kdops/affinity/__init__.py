@@ -30,7 +30,7 @@ def affinity_distance(
         p: 1 (L1, as FAKD) or 2 (squared L2).
         statistic: "mean" divides by N^2, "sum" does not.
         eps: added to the norms, in the unit of the features.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Returns:
         (B,) in the dtype of the student (float32 under autocast), computed in float32 or better. Never negative.

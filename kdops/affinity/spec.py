@@ -15,6 +15,7 @@ from . import reference
 
 NAME = "affinity_distance"
 CPU = "kdops.affinity.cpu"
+TRITON = "kdops.affinity.triton"
 NO_DOUBLE_BACKWARD = (
     "a distillation loss is differentiated once, and the second derivative of p=1 is zero almost everywhere"
 )
@@ -61,12 +62,13 @@ def _backward(op: registration.Op) -> Callable[..., Any]:
 
 
 _INPUTS = "Tensor student, Tensor teacher, int p, float eps"
-registration.define(NAME, f"({_INPUTS}) -> (Tensor, Tensor)", _fake_distance, cpu_module=CPU)
+registration.define(NAME, f"({_INPUTS}) -> (Tensor, Tensor)", _fake_distance, TRITON, CPU)
 registration.define(
     f"{NAME}_backward",
     f"(Tensor grad, Tensor grams, {_INPUTS}, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
     _fake_backward,
-    cpu_module=CPU,
+    TRITON,
+    CPU,
 )
 registration.differentiate(NAME, _setup_context, _backward, NO_DOUBLE_BACKWARD)
 
@@ -103,12 +105,12 @@ def _scratch_bytes(student: Tensor, teacher: Tensor, *, p: int = 1, backward: bo
 # --- backends and samples --------------------------------------------------------------------------------------------------------
 
 
-_OPERATOR = registration.op(NAME)
+def _kernel(op: registration.Op) -> Callable[..., Tensor]:
+    def call(student: Tensor, teacher: Tensor, p: int, eps: float) -> Tensor:
+        distance: Tensor = op(student, teacher, p, eps)[0]  # the Grams are for backward
+        return distance
 
-
-def _distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> Tensor:
-    distance: Tensor = _OPERATOR(student, teacher, p, eps)[0]  # the Grams are for backward
-    return distance
+    return call
 
 
 def _shapes(b: int, cs: int, ct: int, *s: int) -> tuple[tuple[int, ...], ...]:
@@ -134,7 +136,8 @@ def register(function: Callable[..., Any]) -> None:
             name=NAME,
             function=function,
             backends=(
-                Backend("cpu", _distance, dispatch.supports_cpu),
+                Backend("cpu", _kernel(registration.op(NAME)), dispatch.supports_cpu),
+                Backend("triton", _kernel(registration.op(NAME, "_triton")), dispatch.supports_triton),
                 Backend("reference", reference.affinity_distance, dispatch.supports_reference),
             ),
             samples=_SAMPLES,

@@ -15,7 +15,8 @@ import kdops
 import kdops.nn
 from tests.contract import RecordOps, relative_error
 
-BACKENDS = [b for b, said in kdops.explain("affinity_distance", torch.zeros(1, 1, 1)).items() if said.startswith("yes")]
+ONE = torch.zeros(1, 1, 1, dtype=torch.float64)  # what takes float64; tests/ops/test_affinity_triton.py has the rest
+BACKENDS = [b for b, said in kdops.explain("affinity_distance", ONE).items() if said.startswith("yes")]
 KERNELS = [b for b in BACKENDS if b != "reference"]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_kernel = pytest.mark.parametrize("backend", KERNELS)
