@@ -39,7 +39,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "uformer": {"embed_dim": 4, "depths": [1, 1, 2, 2, 1], "heads": [1, 2, 2, 2, 1], "window": 2},
 }
 
-SLOW_TO_EXPORT = ["restormer", "uformer"]  # 15 s
+SLOW_TO_EXPORT = ["nafnet", "restormer", "swinir", "uformer"]  # 5 to 100 s
 
 LIGHT = {"embed_dim": 60, "depths": [6] * 4, "heads": [6] * 4, "upsampler": "pixelshuffledirect"}
 PUBLISHED = [

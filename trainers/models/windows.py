@@ -35,7 +35,8 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (heads, N, N)
         logits = query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1) + bias  # (B * windows, heads, N, N)
         if mask is not None:
-            logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+            windows = mask.shape[0]  # len() would fix it at export
+            logits = (logits.unflatten(0, (-1, windows)) + mask[:, None]).flatten(0, 1)
         attended: Tensor = self.proj((logits.softmax(dim=-1) @ value).transpose(1, 2).flatten(2))
         return attended
 
