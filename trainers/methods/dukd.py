@@ -14,6 +14,7 @@ from trainers.data.resize import imresize
 from trainers.fields import Section, Weight
 from trainers.methods.augmentation import Augmentation
 from trainers.methods.base import Batch, Method, MethodOptions, Network, Requirements, Run
+from trainers.randomness import real_numbers
 
 
 class DUKDWeights(Section):
@@ -94,6 +95,7 @@ def random_crops(images: Tensor, side: int, generators: list[torch.Generator]) -
     """(m, 3, H, W) -> (m, 3, side, side), a place per sample."""
     crops = []
     for image, generator in zip(images, generators, strict=True):
-        top, left = (int(torch.randint(size - side + 1, (), generator=generator)) for size in image.shape[1:])
+        with real_numbers():
+            top, left = (int(torch.randint(size - side + 1, (), generator=generator)) for size in image.shape[1:])
         crops.append(image[:, top : top + side, left : left + side])
     return torch.stack(crops)

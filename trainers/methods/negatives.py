@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
 from trainers.fields import Section
+from trainers.randomness import real_numbers
 
 KERNEL_SIDES = (3, 5, 7, 9, 11)
 BLUR_SIGMA, NOISE_SIGMA = (0.1, 2.0), (1 / 255, 30 / 255)
@@ -46,10 +47,12 @@ class Dice:
         return self.between(0, 1) < probability
 
     def between(self, least: float, most: float) -> float:
-        return least + (most - least) * torch.rand((), generator=self.generator, dtype=torch.float64).item()
+        with real_numbers():
+            return least + (most - least) * torch.rand((), generator=self.generator, dtype=torch.float64).item()
 
     def index(self, count: int) -> int:
-        return int(torch.randint(count, (), generator=self.generator))
+        with real_numbers():
+            return int(torch.randint(count, (), generator=self.generator))
 
 
 def degrade(image: Tensor, options: Negatives, generator: torch.Generator) -> Tensor:
