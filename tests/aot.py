@@ -285,4 +285,6 @@ if __name__ == "__main__":
     if triton.knobs.runtime.interpret:
         sys.exit("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     for found in records(everything="--all" in sys.argv):
-        print(json.dumps(found), flush=True)
+        print(
+            json.dumps(found, default=lambda constant: constant.value), flush=True
+        )  # a tl.constexpr among the constants
