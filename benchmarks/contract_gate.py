@@ -1,6 +1,6 @@
 """A speed is reported only of an op that is right: its contract must be green on the backend that is measured.
 
-`python -m benchmarks.contract_gate 150 triton cuda` runs the contract of every op on these backends, several at once and for 150 s at most,
+`python -m benchmarks.contract_gate 150 triton cuda` runs the contract of every op on these backends, on all cores and for 150 s at most,
 and keeps what it said for the benchmarks that follow: what is not done by then counts as red. Run again, it tries the red ones again.
 """
 
@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAMPS = ROOT / "build" / "contract"  # ignored by git: why it is red, or nothing, for these very sources
 TESTS = [str(ROOT / "tests" / "test_contract.py")]
 OURS = "kdops."
+RESULT = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED)")
+
+Pair = tuple[str, str]  # an op and a backend
 
 
 def refusal(op: str, provider: str, store: bool) -> str | None:
@@ -32,26 +35,43 @@ def refusal(op: str, provider: str, store: bool) -> str | None:
 @cache
 def _red(op: str, backend: str) -> str | None:
     """Why it is red: what an earlier run of the same sources found, else what a run finds."""
-    stamp = STAMPS / f"{op}-{backend}-{_sources()}"
-    if not stamp.exists():
-        _run(op, backend, stamp, None)
-    return stamp.read_text() or None
+    pair = (op, backend)
+    if not _stamp(pair).exists():
+        _run([pair], None)
+    return _stamp(pair).read_text() or None
 
 
-def _run(op: str, backend: str, stamp: Path, seconds: float | None) -> None:
-    """Runs the contract, for so many seconds at most, and writes why it is red."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, "-k", f"{op}-{backend}-"]
+def _stamp(pair: Pair) -> Path:
+    return STAMPS / f"{'-'.join(pair)}-{_sources()}"
+
+
+def _run(pairs: Sequence[Pair], seconds: float | None, processes: int = 1) -> None:
+    """Runs the contract of these pairs, for so many seconds at most, and writes of each why it is red, or nothing."""
+    names = {pair: f"{'-'.join(pair)}-" for pair in pairs}
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *TESTS, "-k", " or ".join(names.values())]
+    if processes > 1 and find_spec("xdist") is not None:
+        command += ["-n", str(processes)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        reason = "its contract was not done in time"
-    else:
-        lines = run.stdout.splitlines()
-        said = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:2] + lines[-1:]
-        reason = f"its contract is red: {'; '.join(said) or run.stderr.strip()[-200:]}" if run.returncode else ""
+        said, late = run.stdout, None
+        if run.returncode not in (0, 1):  # no test ran, or pytest itself failed
+            late = f"its contract did not run: {(run.stderr.strip() or said.strip())[-200:]}"
+    except subprocess.TimeoutExpired as error:
+        said, late = (error.stdout or b"").decode(), "its contract was not done in time"
+    results = [line for line in said.splitlines() if RESULT.search(line) and "::" in line]
     STAMPS.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(reason)
+    for pair, name in names.items():
+        failed = [line for line in results if name in line and re.search("FAILED|ERROR", line)]
+        red = f"its contract is red: {_names(failed)}" if failed else late
+        _stamp(pair).write_text(red or "")
+    (STAMPS / "log.txt").write_text(said)
+
+
+def _names(lines: Iterable[str]) -> str:
+    found = (re.search(r"::(.+?\])(?: |$)", line) for line in lines)
+    tests = list(dict.fromkeys(match[1] for match in found if match))
+    return f"{'; '.join(tests[:2])}; {len(tests)} failed"
 
 
 @cache
@@ -68,19 +88,13 @@ def main(seconds: float, backends: Sequence[str]) -> int:
     """Run what is not known to be green; say green or red of each pair of op and backend. 1 when any is red."""
     from kdops.dispatch import SPECS
 
-    deadline = time.monotonic() + seconds
     pairs = [(op, b.name) for op, spec in SPECS.items() for b in spec.backends if b.name in backends]
-
-    def check(pair: tuple[str, str]) -> str:
-        stamp = STAMPS / f"{pair[0]}-{pair[1]}-{_sources()}"
-        if not stamp.exists() or stamp.read_text():
-            _run(*pair, stamp, max(0.1, deadline - time.monotonic()))
-        said = f"{pair[0]} on {pair[1]}: {stamp.read_text() or 'green'}"
-        print(said, flush=True)
-        return said
-
-    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 2) // 2))) as pool:
-        return int(not all(said.endswith(": green") for said in pool.map(check, pairs)))
+    unknown = [pair for pair in pairs if not _stamp(pair).exists() or _stamp(pair).read_text()]
+    if unknown:
+        _run(unknown, seconds, min(14, os.cpu_count() or 1))
+    for pair in pairs:
+        print(f"{pair[0]} on {pair[1]}: {_stamp(pair).read_text() or 'green'}", flush=True)
+    return int(any(_stamp(pair).read_text() for pair in pairs))
 
 
 if __name__ == "__main__":

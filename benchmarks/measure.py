@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], object]
+LONGEST_LAUNCH = 5e-3  # seconds for which the device waits; work that takes longer hides its launches itself
+CYCLES = 2e9  # of a GPU in a second, at most
 
 
 def synchronised(call: Call, device: str) -> Call:
@@ -32,27 +35,69 @@ def synchronised(call: Call, device: str) -> Call:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one provider: median and the distance between the quartiles."""
+    """Seconds of one provider: median and the distance between the quartiles, on a GPU of the device's work alone.
+
+    `host` is what a caller sees who waits for each call, launches and Python included; None where that is the same.
+    """
 
     median: float
     spread: float
+    host: float | None = None
 
 
-def interleave(calls: Mapping[str, Call], rounds: int = 15) -> dict[str, Timing]:
-    """Time every call `rounds` times, in turn, after one warm-up each.
-
-    A result is given back after the clock has stopped: giving back the last memory of a heap also gives back what others left below it.
-    """
-    for call in calls.values():
+def interleave(calls: Mapping[str, Call], rounds: int = 15, device: str = "cpu") -> dict[str, Timing]:
+    """Time every call `rounds` times, in turn, after one warm-up each."""
+    waiting = {name: synchronised(call, device) for name, call in calls.items()}
+    for call in waiting.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    hosts: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            result = call()
-            seconds[name].append(time.perf_counter() - start)
-            del result
-    return {name: Timing(median(s), quantiles(s)[2] - quantiles(s)[0]) for name, s in seconds.items()}
+        for name, call in waiting.items():
+            hosts[name].append(on_host(call))
+            if device != "cpu":
+                seconds[name].append(on_device(calls[name], min(hosts[name])))
+    if device == "cpu":
+        return {name: Timing(median(s), _spread(s)) for name, s in hosts.items()}
+    return {name: Timing(median(s), _spread(s), median(hosts[name])) for name, s in seconds.items()}
+
+
+def _spread(seconds: Sequence[float]) -> float:
+    return quantiles(seconds)[2] - quantiles(seconds)[0]
+
+
+def on_host(call: Call) -> float:
+    """Seconds until the call returns.
+
+    Its result is given back after the clock has stopped: giving back the last memory of a heap also gives back what others left below it.
+    """
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+@cache
+def _larger_than_cache() -> Tensor:
+    return torch.empty(2**28, dtype=torch.uint8, device="cuda")
+
+
+def on_device(call: Call, launching: float) -> float:
+    """Seconds of the device's work, with a cold cache.
+
+    The device is kept busy for the seconds that launching takes, so that it finds all kernels queued: the gaps between launches, which
+    a training step hides, do not count.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _larger_than_cache().zero_()
+    torch.cuda._sleep(int(min(launching, LONGEST_LAUNCH) * CYCLES))
+    start.record()
+    result = call()
+    end.record()
+    torch.cuda.synchronize()
+    del result
+    return start.elapsed_time(end) / 1e3
 
 
 def peak_bytes(call: Call, device: str) -> int:

@@ -13,6 +13,7 @@ KEY = ("op", "provider", "mode", "case", "shape", "dtype", "machine", "versions"
 FIGURES = (
     "median_ms",
     "spread_ms",
+    "host_ms",
     "peak_mib",
     "tensors_mib",
     "bytes",

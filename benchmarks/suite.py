@@ -193,16 +193,16 @@ class Suite:
         inputs = case.inputs()
         calls = {}
         for name in providers:
-            call = measure.synchronised(case.step(self.providers[name].function, inputs), case.device)
+            call = case.step(self.providers[name].function, inputs)
             try:
-                call()
+                measure.synchronised(call, case.device)()
             except Exception as error:  # whatever a library raises: the others are measured all the same
                 self.failures[case, name] = (
                     f"it failed: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
                 )
             else:
                 calls[name] = call
-        return measure.interleave(calls, case.rounds)
+        return measure.interleave(calls, case.rounds, case.device)
 
     @cache  # noqa: B019
     def truth(self, case: Case) -> list[Tensor]:
@@ -251,6 +251,7 @@ class Suite:
         return {
             "median_ms": round(mine.median * 1e3, 4),
             "spread_ms": round(mine.spread * 1e3, 4),
+            **({"host_ms": round(mine.host * 1e3, 4)} if mine.host is not None else {}),
             "tensors_mib": round(measure.size([*{id(t): t for t in inputs}.values(), *got]) / 2**20, 2),
             "bytes": moved,
             "flops": done,

@@ -197,10 +197,10 @@ def store_features(features, tile, batch, n, first, C: tl.constexpr, PARTS: tl.c
 @triton.jit
 def zero_features(ROWS: tl.constexpr, PARTS: tl.constexpr):
     """An accumulator for `add_product`."""
-    one = tl.zeros((ROWS, PARTS[0]), tl.float32)
+    one = tl.full((ROWS, PARTS[0]), 0.0, tl.float32)  # triton 3.6 takes no element of a tuple in the shape of tl.zeros
     two = one
     if PARTS[1] > 0:
-        two = tl.zeros((ROWS, PARTS[1]), tl.float32)
+        two = tl.full((ROWS, PARTS[1]), 0.0, tl.float32)
     return one, two
 
 

@@ -73,7 +73,8 @@ def test_an_op_whose_contract_is_red_is_not_reported(tmp_path: Path, monkeypatch
         "import pytest\n\n@pytest.mark.parametrize('case', ['some_op-cpu-x'])\ndef test_01(case):\n    assert False\n"
     )
     contract_gate._red.cache_clear()
-    assert "red" in str(contract_gate._red("some_op", "cpu"))
+    assert str(contract_gate._red("some_op", "cpu")) == "its contract is red: test_01[some_op-cpu-x]; 1 failed"
+    assert "did not run" in str(contract_gate._red("another_op", "cpu"))
     assert contract_gate.refusal("some_op", "eager", True) is None
     assert contract_gate.refusal("some_op", "kdops.cpu", False) is None
 
@@ -84,10 +85,10 @@ def test_a_contract_that_takes_too_long_is_red_and_tried_again(tmp_path: Path, m
     (tmp_path / "test_green.py").write_text(
         "import pytest\n\n@pytest.mark.parametrize('case', ['some_op-cpu-x'])\ndef test_01(case):\n    assert True\n"
     )
-    stamp = tmp_path / "stamp"
-    contract_gate._run("some_op", "cpu", stamp, 0.01)
+    stamp = contract_gate._stamp(("some_op", "cpu"))
+    contract_gate._run([("some_op", "cpu")], 0.01)
     assert stamp.read_text() == "its contract was not done in time"
-    contract_gate._run("some_op", "cpu", stamp, None)
+    contract_gate._run([("some_op", "cpu")], None)
     assert stamp.read_text() == ""
 
 

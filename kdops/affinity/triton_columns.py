@@ -136,13 +136,16 @@ def step_of(dtype: torch.dtype) -> int:
 
 
 def pack(student: Tensor, teacher: Tensor, eps: float, grams: bool) -> Packed:
-    """For tiles or for Grams: normalised only for tiles of float32."""
+    """For tiles or for Grams: normalised only for tiles of float32.
+
+    For Grams always float32: triton 3.6 cannot multiply float64 that it has seen loaded as 16 bits.
+    """
     batch, positions = student.shape[0], triton.cdiv(student.shape[2:].numel(), SIDE) * SIDE
     step = step_of(student.dtype)
     cs, ct = (triton.cdiv(t.shape[1], step) * step for t in (student, teacher))
     normalise = student.dtype == torch.float32 and not grams
     packed = Packed(
-        student.new_empty((batch, positions, cs + ct)),
+        student.new_empty((batch, positions, cs + ct), dtype=torch.float32 if grams else None),
         student.new_empty((batch, 2, positions), dtype=torch.float64),
         student.new_empty((batch, 2, positions), dtype=torch.float32),
         positions,

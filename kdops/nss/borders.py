@@ -23,11 +23,12 @@ def halved(image: Tensor) -> Tensor:
     Output pixel i is a weighted mean of the input pixels 2i - 3 .. 2i + 4, by Keys' cubic kernel (a = -0.5) stretched by 2.
     """
     near, far = ([_cubic((k + 0.5) / 2) for k in range(i, i + 2)] for i in (0, 2))
-    weights = image.new_tensor([w / (2 * sum(near + far)) for w in (*far[::-1], *near[::-1], *near, *far)])  # (8,)
-    for axis in (-2, -1):
-        image = (mirrored(image, axis, 3, 4).unfold(axis, 8, 2) * weights).sum(
-            dim=-1
-        )  # the last pixel matters if the size is odd
+    weights = [w / (2 * sum(near + far)) for w in (*far[::-1], *near[::-1], *near, *far)]
+    for axis in (-2, -1):  # the last pixel matters if the size is odd
+        first, *others = mirrored(image, axis, 3, 4).unfold(axis, 8, 2).unbind(dim=-1)
+        image = weights[0] * first
+        for weight, tap in zip(weights[1:], others, strict=True):
+            image = torch.add(image, tap, alpha=weight)  # a tensor of weights would be copied from the host, which waits
     return image
 
 
