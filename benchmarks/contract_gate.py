@@ -16,6 +16,9 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+import kdops  # noqa: F401  (registers the ops)
+from kdops.dispatch import SPECS
+
 ROOT = Path(__file__).resolve().parents[1]
 STAMPS = ROOT / "build" / "contract"  # ignored by git: why it is red, or nothing, for these very sources
 TESTS = [str(ROOT / "tests" / "test_contract.py")]
@@ -42,13 +45,23 @@ def _red(op: str, backend: str) -> str | None:
 
 
 def _stamp(pair: Pair) -> Path:
-    return STAMPS / f"{'-'.join(pair)}-{_sources()}"
+    return STAMPS / f"{'-'.join(pair)}-{_sources(pair[0])}"
 
 
 def _run(pairs: Sequence[Pair], seconds: float | None, processes: int = 1) -> None:
     """Runs the contract of these pairs, for so many seconds at most, and writes of each why it is red, or nothing."""
     names = {pair: f"{'-'.join(pair)}-" for pair in pairs}
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *TESTS, "-k", " or ".join(names.values())]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        *TESTS,
+        "-k",
+        " or ".join(names.values()),
+    ]
     if processes > 1 and find_spec("xdist") is not None:
         command += ["-n", str(processes)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -75,19 +88,18 @@ def _names(lines: Iterable[str]) -> str:
 
 
 @cache
-def _sources() -> str:
-    """A digest of all that the contract depends on."""
+def _sources(op: str) -> str:
+    """A digest of all that the contract of an op depends on: its own files and what all ops share."""
+    flat = SPECS[op].function.__module__.split(".")[1] if op in SPECS else op
     digest = hashlib.sha256()
-    for folder, pattern in (("kdops", "**/*.py"), ("csrc", "**/*.*"), ("tests", "*contract*.py")):
-        for path in sorted((ROOT / folder).glob(pattern)):
+    for pattern in ("kdops/*.py", f"kdops/{flat}/*.py", "csrc/common/*", f"csrc/{flat}*", "tests/*contract*.py"):
+        for path in sorted(ROOT.glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def main(seconds: float, backends: Sequence[str]) -> int:
     """Run what is not known to be green; say green or red of each pair of op and backend. 1 when any is red."""
-    from kdops.dispatch import SPECS
-
     pairs = [(op, b.name) for op, spec in SPECS.items() for b in spec.backends if b.name in backends]
     unknown = [pair for pair in pairs if not _stamp(pair).exists() or _stamp(pair).read_text()]
     if unknown:

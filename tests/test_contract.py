@@ -329,6 +329,57 @@ def test_09_samples_hold_the_awkward_sizes(case: Case) -> None:
     assert any(n > 10 and all(n % d for d in range(2, n)) for n in sizes)
 
 
+# 10 --------------------------------------------------------------------------------------------------------------------
+
+# More than 2^31 elements in the first tensor at least, and what is computed of the last rows alone: the same, wherever they lie.
+LARGE = {
+    "affinity_distance": ((8200, 64, 4096), (8200, 16, 4096)),
+    "channel_attention": ((33, 64, 1024, 1024),) * 3,
+    "channel_attention_distance": ((33, 64, 1024, 1024),) * 4,
+    "codebook_cross_entropy": ((33, 64, 1024, 1024), (33, 64, 1024, 1024), (64, 64)),
+    "contrastive_ratio": ((3, 2**30 - 7), (3, 2**30 - 7), (2, 2**30 - 7)),
+    "gaussian_distance": ((3, 2**30 - 7), (3, 2**30 - 7)),
+    "matched_distance": ((3, 2**29 + 5), (3, 2, 2**29 + 5)),
+    "mscn": ((2049, 1, 1024, 1025),),
+    "pairwise_distance": ((3, 2**30 - 7), (2, 2**30 - 7)),
+    "spatial_attention": ((8200, 64, 4096),) * 3,
+}
+SHARED = {
+    "codebook_cross_entropy": 2,
+    "contrastive_ratio": 2,
+    "pairwise_distance": 1,
+}  # this argument has no rows of its own
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [c for c in GPU_KERNELS if c is None or c.spec.name in LARGE], ids=str)
+def test_10_more_than_two_billion_elements(case: Case) -> None:
+    name, taken = case.spec.name, SHARED.get(case.spec.name)
+    generator = torch.Generator("cuda").manual_seed(0)
+    given = [
+        torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(generator=generator) for shape in LARGE[name]
+    ]
+    last = [t if i == taken else t[-1:].clone() for i, t in enumerate(given)]
+    results = []
+    for tensors in (given, last):
+        trained = tensors[0].requires_grad_()
+        options = (
+            {"reduction": "none"}
+            if name in ("codebook_cross_entropy", "contrastive_ratio", "gaussian_distance")
+            else {}
+        )
+        outs = case.spec.function(*tensors, **options, backend=case.backend)
+        outs = (outs,) if isinstance(outs, Tensor) else outs
+        (grad,) = torch.autograd.grad([out.float().sum() for out in outs], [trained])
+        results.append([*(out.detach()[-1:].clone() for out in outs), grad[-1:].clone()])
+        del outs, grad
+    for whole, alone in zip(*results, strict=True):
+        torch.testing.assert_close(
+            whole.float(), alone.float(), rtol=1e-2, atol=1e-2 * float(alone.float().abs().max())
+        )
+
+
 # 11 --------------------------------------------------------------------------------------------------------------------
 
 
@@ -399,10 +450,11 @@ def test_14_extreme_values_behave_as_in_the_reference(case: Case, extreme: str) 
     outs, grads = case.gradients(given)
     eager_outs, eager_grads = case.gradients(given, backend="reference")
     exact_outs, exact_grads = case.gradients([t.detach().double().requires_grad_() for t in given], backend="reference")
-    # What is zero but for rounding (the gradient of a softmax over constant values) is measured by eager's own error
-    # and by the largest gradient.
+    # What is zero but for rounding (the gradient of a softmax over constant values, a squared distance of equal ones) is measured by
+    # eager's own error, by the largest gradient, and, as eager may happen to be exact, by the square of one rounding of the constant.
     largest = max((float(g[g.isfinite()].abs().amax()) for g in eager_grads if g.isfinite().any()), default=0.0)
-    floors = [0.0] * len(outs) + [1e-6 * largest] * len(grads)
+    rounding = (torch.finfo(torch.float32).eps * 3.0) ** 2 if extreme == "constant" else 0.0
+    floors = [rounding] * len(outs) + [1e-6 * largest] * len(grads)
     results = zip((*outs, *grads), (*eager_outs, *eager_grads), (*exact_outs, *exact_grads), floors, strict=True)
     for mine, eager, exact, floor in results:
         error = (eager.double() - exact.double())[eager.isfinite() & exact.isfinite()].abs()

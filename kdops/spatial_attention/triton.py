@@ -31,13 +31,25 @@ from .table import tile_for
 
 
 @triton.jit
+def _statistic(statistics, features, batch, n, inside):
+    """The number of each position n of a sample; `inside` says which there are, or is None where all are."""
+    pointers = statistics + batch * features.positions + n
+    if inside is None:
+        values = tl.load(pointers)
+    else:
+        values = tl.load(pointers, mask=inside, other=0.0)
+    return values
+
+
+@triton.jit
 def _attend(
     rows,
     columns,
     values,  # of the columns; None: the columns themselves
     out,  # at the rows, or None where only statistics are wanted
     statistics,  # float32 log2 of the softmax's denominators: written, (B, rows), or given, (B, columns)
-    scale,  # of the logits to the base 2
+    scale,  # of the logits to the base 2; not negative
+    NEGATIVE: tl.constexpr,  # the logits change their sign before
     GIVEN: tl.constexpr,
     C: tl.constexpr,
     PARTS: tl.constexpr,
@@ -64,19 +76,18 @@ def _attend(
         inside = None if EVEN else c < columns.positions
         column = tiles.load_features(columns, batch, c, inside, 0, C, PARTS)
         logits = tiles.products(rows, batch, r, row_inside, row, columns, batch, c, inside, column, C, PARTS, PRECISION)
-        logits *= scale
-        if GIVEN:
-            logits -= tiles.load(statistics + batch * columns.positions + c, c < columns.positions)[None, :]
+        if NEGATIVE:
+            logits = -logits
         if inside is not None:
             logits = tl.where(inside[None, :], logits, float("-inf"))
-        if GIVEN:
-            weights = tl.exp2(logits)
+        if GIVEN:  # scaled within the exponent: one instruction an element
+            weights = tl.exp2(logits * scale - _statistic(statistics, columns, batch, c, inside)[None, :])
         else:
             before = highest
             highest = tl.maximum(before, tl.max(logits, 1))
             level = tl.where(highest == float("-inf"), 0.0, highest)  # no column so far has any weight
-            weights = tl.exp2(logits - level[:, None])
-            shrink = tl.exp2(before - level)
+            weights = tl.exp2(logits * scale - (level * scale)[:, None])
+            shrink = tl.where(before == float("-inf"), 0.0, tl.exp2((before - level) * scale))
             total = total * shrink + tl.sum(weights, 1)
             sums = tiles.scale_features(sums, shrink, VALUE_PARTS)
         if out is not None:
@@ -87,7 +98,7 @@ def _attend(
     if not GIVEN:
         sums = tiles.scale_features(sums, 1 / total, VALUE_PARTS)
         if statistics is not None:
-            tiles.store(statistics + batch * rows.positions + r, highest + tl.log2(total), r < rows.positions)
+            tiles.store(statistics + batch * rows.positions + r, highest * scale + tl.log2(total), r < rows.positions)
     if out is not None:
         tiles.store_features(out, sums, batch, r, channel, CV, VALUE_PARTS)
 
@@ -134,9 +145,9 @@ def _slopes(
         value_rows = row_values
         row_value = tiles.load_features(row_values, batch, r, row_inside, 0, CV, VALUE_PARTS)
     if not BY_COLUMN:
-        statistic = tiles.load(statistics + batch * rows.positions + r, r < rows.positions)[:, None]
+        statistic = _statistic(statistics, rows, batch, r, row_inside)[:, None]
         if gradient is not None:
-            mean = tiles.load(delta + batch * rows.positions + r, r < rows.positions)[:, None]
+            mean = _statistic(delta, rows, batch, r, row_inside)[:, None]
     total = tl.zeros((ROWS,), tl.float32)
     sums = tiles.zero_features(ROWS, SLICE_PARTS)
     for first in tl.range(0, columns.positions, COLUMNS, num_stages=STAGES):
@@ -164,8 +175,8 @@ def _slopes(
             PRECISION,
         )
         if BY_COLUMN:
-            statistic = tiles.load(statistics + batch * columns.positions + c, c < columns.positions)[None, :]
-            mean = tiles.load(delta + batch * columns.positions + c, c < columns.positions)[None, :]
+            statistic = _statistic(statistics, columns, batch, c, inside)[None, :]
+            mean = _statistic(delta, columns, batch, c, inside)[None, :]
         weights = tl.exp2(logits * scale_2 - statistic)
         slopes = weights * (slopes * scale if gradient is None else slopes * scale - mean)
         if inside is not None:
@@ -224,7 +235,8 @@ def _launch_attend(
         columns if values is None and apart else values,
         out,
         statistics,
-        scale * log2(e),
+        abs(scale) * log2(e),
+        scale < 0,
         given,
         channels,
         tiles.parts(min(channels, tile.held)),
