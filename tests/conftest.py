@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +14,28 @@ if not torch.cuda.is_available():
 
 import hypothesis
 import pytest
+
+
+def patch_language_once() -> None:
+    """Triton's interpreter replaces the functions of `tl` at each call of a function by a kernel, half of the time of an interpreted test.
+
+    Nothing here needs the original ones back, so once for each module that holds kernels is enough.
+    """
+    from triton.runtime import interpreter
+
+    original, patched = interpreter._patch_lang, set()
+
+    def patch(fn: Any) -> Any:
+        if id(fn.__globals__) not in patched:
+            patched.add(id(fn.__globals__))
+            original(fn)
+        return interpreter._LangPatchScope()  # of nothing to put back
+
+    interpreter._patch_lang = patch
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    patch_language_once()
 
 # The same examples on every machine and run: a failure in CI is the failure at home. `--hypothesis-seed=random` explores.
 hypothesis.settings.register_profile("kdops", deadline=None, derandomize=True, max_examples=30)

@@ -386,9 +386,10 @@ def test_10_more_than_two_billion_elements(case: Case) -> None:
 @pytest.mark.parametrize("case", KERNELS, ids=str)  # eager torch makes no such promise
 def test_11_same_bits_for_any_number_of_threads(case: Case) -> None:
     threads = torch.get_num_threads()
+    interpreted = case.backend == "triton" and not GPU  # slow, and in one thread whatever torch uses: two runs say all
     try:
         runs = []
-        for n in (1, 2, 3, 2):
+        for n in (1, 2) if interpreted else (1, 2, 3, 2):
             torch.set_num_threads(n)
             outs, grads = case.gradients(case.inputs())
             runs.append((*outs, *grads))

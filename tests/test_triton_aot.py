@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -39,7 +40,16 @@ def compiled(folder: Path, *options: str) -> Records:
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
-    return compiled(tmp_path_factory.mktemp("triton"))
+    """Compiled once in a run of the tests, by the first of its processes that asks; the others wait for it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    found = folder / "aot.json"
+    with (folder / "aot.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not found.exists():
+            found.write_text(json.dumps(compiled(tmp_path_factory.mktemp("triton"))))
+    return json.loads(found.read_text())
 
 
 def spills_allowed(record: dict[str, Any]) -> float:

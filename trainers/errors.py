@@ -41,8 +41,9 @@ def out_of_memory(error: BaseException) -> bool:
 def process_lost(error: BaseException) -> str | None:
     """What a failure says about another process of this run that has ended; None if it is none."""
     text = str(error)
-    # torch says so where it notices the signal first; else the batch that was on its way breaks off.
-    if isinstance(error, (ConnectionError, EOFError)) or text.startswith("DataLoader worker"):
+    # torch says so where it notices the signal first; else the batch that was on its way breaks off, with a GPU in a thread that pins it.
+    ended = ("DataLoader worker", "Pin memory thread exited")
+    if isinstance(error, (ConnectionError, EOFError)) or text.startswith(ended):
         return f"a data worker has ended ({text or type(error).__name__}): if memory was short, lower data.workers"
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
     if isinstance(error, RuntimeError) and any(said in text for said in lost):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,8 +104,8 @@ class Loop:
             Diverged: a loss became NaN or infinite. Nothing is saved of such a state.
             Interrupted: SIGINT or SIGTERM. The state is saved.
         """
-        train, data = self.config.train, self._batches()
-        with StopRequest() as stop:
+        train = self.config.train
+        with closing(self._batches()) as data, StopRequest() as stop:
             while self.position.step < train.steps:
                 started = time.perf_counter()
                 lq, gt = next(data)
@@ -187,7 +188,7 @@ class Loop:
         self.train_step.method.after_step(step + 1, self.result)
         return seen[0] if len(seen) == 1 else torch.stack(seen).mean(dim=0)
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Generator[tuple[Tensor, Tensor]]:
         """Inputs and ground truths of this device's rows, step by step, through the stages of the patch schedule."""
         starts = [first for first, _ in self.stages] + [self.config.train.steps]
         for index, train_set in enumerate(self.train_sets):
@@ -200,7 +201,8 @@ class Loop:
                 workers=self.config.data.workers,
             )
             try:
-                yield from ((lq, gt) for _, lq, gt in made)
+                with closing(made):
+                    yield from ((lq, gt) for _, lq, gt in made)
             except InputError as error:
                 advice = f"put it back, then kdtrain resume {self.folder.path} goes on from the last checkpoint"
                 raise ImageLost([*error.problems, advice]) from None

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -205,6 +210,23 @@ def test_an_image_that_breaks_later_is_an_input_error(tmp_path: Path, workers: i
         list(batches(samples, seed=0, start_step=0, stop_step=3, rows=range(4), workers=workers))
     assert len(caught.value.problems) == 1
     assert "\n" not in caught.value.problems[0]
+
+
+def test_a_worker_killed_while_the_loader_ends_it_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch raises from a signal handler, wherever this process is; in a __del__ it could only print a traceback."""
+    printed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    made = batches(train_set(tmp_path, [(16, 20)]), seed=0, start_step=0, stop_step=99, rows=range(4), workers=1)
+    next(made)
+    [worker] = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGSTOP)  # else it would end before it is killed
+    threading.Timer(0.5, worker.kill).start()
+    made.close()
+    assert not printed
+    assert not worker.is_alive()
 
 
 # --- pairs in memory ---

@@ -5,6 +5,7 @@ Faults at chosen places are in test_resume.py (kill -9 and signals in a step) an
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import shutil
 import subprocess
@@ -17,10 +18,12 @@ import pytest
 import torch
 
 from tests.trainers.tiny import assert_same_state, last_state, metrics, write_tiny
+from trainers import cli
 from trainers.checkpoint import Checkpoints
 from trainers.cli import main
 from trainers.data.pairs import Pairs
 from trainers.data.sets import TrainSet
+from trainers.errors import Diverged
 from trainers.loop import Loop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,6 +207,23 @@ def test_a_dead_data_worker_ends_the_run_clearly(tmp_path: Path) -> None:
     assert last_step(run) >= 3
     assert main(["resume", str(run)]) == 0
     assert_same_state(last_state(tmp_path / "runs" / "scratch"), last_state(run))
+
+
+def test_data_workers_have_ended_before_a_failure_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that died while the message is made would put its own in the way."""
+
+    def fail() -> None:
+        assert multiprocessing.active_children()
+        raise Diverged("as if")
+
+    def told(error: Exception) -> tuple[int, str] | None:
+        assert not multiprocessing.active_children()
+        return cli_exit_code(error)
+
+    cli_exit_code = cli.exit_code
+    monkeypatch.setattr(cli, "exit_code", told)
+    at_step(monkeypatch, 2, fail)
+    assert main(["train", str(write_tiny(tmp_path, steps=60)), "--set", "data.workers=1"]) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 1])

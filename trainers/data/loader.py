@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +34,12 @@ class Steps(Dataset[tuple[int, Tensor, Tensor] | InputError]):
 
 def batches(
     train_set: TrainSet, *, seed: int, start_step: int, stop_step: int, rows: Sequence[int], workers: int = 0
-) -> Iterator[tuple[int, Tensor, Tensor]]:
+) -> Generator[tuple[int, Tensor, Tensor]]:
     """(step, lq, gt) for the steps from `start_step` up to but not including `stop_step`.
 
     lq (n, C, patch / scale, patch / scale) and gt (n, C, patch, patch) are the samples `rows` of the step's effective batch,
     float32 in [0, 1] (in pinned memory where there is a GPU). They do not depend on the number of workers; 0 makes them
-    in this process. torch's global generator is not touched.
+    in this process; they end with the generator: close it. torch's global generator is not touched.
     InputError when an image turns out to be unreadable.
     """
     loader = DataLoader(
@@ -50,10 +52,18 @@ def batches(
         worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # else the loader draws its workers' seeds from the global one
     )
-    for made in loader:
-        if isinstance(made, InputError):
-            raise made
-        yield made
+    loaded: Any = iter(loader)
+    try:
+        for made in loaded:
+            if isinstance(made, InputError):
+                raise made
+            yield made
+    finally:
+        if workers:
+            # Not left to the garbage collector: torch raises, from the signal that a child has died, wherever this process is, and
+            # what is raised in a __del__ is printed with its traceback. While they are told to end, a dead one is no loss.
+            with suppress(RuntimeError):
+                loaded._shutdown_workers()
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
