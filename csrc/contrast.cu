@@ -1,10 +1,10 @@
-// Contrastive distances on CUDA: all pairs of a block of rows per reading, partial sums added in a fixed order, no
-// atomics.
+// Contrastive distances on CUDA: each value is converted once for all pairs that it is in, partial sums are added in a
+// fixed order, no atomics.
 //
-// Forward: a thread holds the pairs of 8 x 8 rows in registers and walks down the columns of a chunk; a block's sums
-// are added by shuffles, those of the chunks by a second kernel. Backward: a thread holds 8 rows of one column and
-// walks over all rows of the other input. Blocks that read the same columns are neighbours in the grid, so that they
-// find them in the L2 cache.
+// Forward: the warps are independent. Each has the pairs of 8 x 8 rows in registers and walks down a chunk of the
+// features; its sums are added by shuffles, those of the chunks by a second kernel. The warps of a block read the same
+// features at about the same time and find each other's rows in the L1 cache. Backward: a thread holds up to 16 rows of
+// one input at a few neighbouring features and walks over all rows of the other, of which it can write the gradient too.
 #include <torch/csrc/stable/accelerator.h>
 
 #include "common/launch.h"
@@ -13,15 +13,35 @@
 namespace kdops {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-constexpr int kRows = 8;                  // of each input in a thread's registers
-constexpr int64_t kShortestChunk = 2048;  // columns of a forward block
-constexpr int64_t kMostChunks = 512;      // bounds the partial sums
-constexpr int kStaged = 64;               // rows whose weights are in shared memory at a time
+constexpr int kWarps = 16;        // of a forward block
+constexpr int kRows = 8;          // of each input in a forward thread's registers
+constexpr int64_t kLongest = 2048;  // sums of a forward thread, which bounds their rounding error
+constexpr int kThreads = 256;     // of the other kernels
+constexpr int kHeld = 16;         // rows in a backward thread's registers
+constexpr int kStaged = 64;       // rows whose weights are in shared memory at a time
 
 __host__ __device__ constexpr int64_t divide_up(int64_t value, int64_t by) {
   return (value + by - 1) / by;
+}
+
+// Count neighbouring values of a row, read at once.
+template <typename scalar_t, int Count>
+struct alignas(sizeof(scalar_t) * Count) Values {
+  scalar_t at[Count];
+
+  __device__ float operator[](int i) const {
+    return static_cast<float>(at[i]);
+  }
+};
+
+// Through the read-only path: no kernel here writes what it reads.
+template <int Count, typename scalar_t>
+__device__ Values<scalar_t, Count> read(const scalar_t* from) {
+  constexpr int bytes = sizeof(scalar_t) * Count;
+  using Word = std::conditional_t<bytes == 2, unsigned short, std::conditional_t<bytes == 4, unsigned, uint2>>;
+  static_assert(sizeof(Word) == bytes);
+  const Word word = __ldg(reinterpret_cast<const Word*>(from));
+  return *reinterpret_cast<const Values<scalar_t, Count>*>(&word);
 }
 
 // Square tiles that cover all pairs of rows, `along` of them in a row; of symmetric distances each pair of tiles once: on
@@ -67,47 +87,54 @@ __device__ int add_over_warp(float (&values)[N]) {
   return first;
 }
 
-// partial[batch][chunk][i][k]: distance of x_i and y_k over the columns of the chunk. A block computes RX x kRows of
+// partial[batch][chunk][i][k]: distance of x_i and y_k over the features of the chunk. A warp computes RX x kRows of
 // them; of symmetric ones it writes both places.
-template <typename scalar_t, int P, int RX>
-__global__ void __launch_bounds__(kThreads)
+template <typename scalar_t, int P, int RX, int Count>
+__global__ void __launch_bounds__(32 * kWarps)
     partial_distances(const scalar_t* x, Rows rows_of_x, const scalar_t* y, Rows rows_of_y, Problem problem,
-                      int64_t chunk, Tiles tiles, float* partial) {
-  const int64_t chunks = divide_up(problem.features, chunk);
-  const int64_t tile = blockIdx.x % tiles.count(), block = blockIdx.x / tiles.count();  // batch * chunks + chunk
+                      int64_t chunk, int64_t chunks, Tiles tiles, float* partial) {
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const int64_t tile = warp % tiles.count(), part = warp / tiles.count();  // of batch * chunks + chunk
+  if (part >= problem.batches * chunks) return;
   const int64_t first_x = tiles.x(tile) * RX, first_y = tiles.y(tile) * kRows;
-  const int64_t begin = block % chunks * chunk, end = min(begin + chunk, problem.features);
-  x += block / chunks * rows_of_x.batch_stride;
-  y += block / chunks * rows_of_y.batch_stride;
+  const int lane = threadIdx.x % 32;
+  const int64_t begin = part % chunks * chunk + lane * Count, end = min(part % chunks * chunk + chunk, problem.features);
+  const scalar_t *from_x[RX], *from_y[kRows];  // rows past the end repeat the last one; their sums are not written
+#pragma unroll
+  for (int i = 0; i < RX; ++i)
+    from_x[i] = x + part / chunks * rows_of_x.batch_stride + min(first_x + i, problem.rows_x - 1) * rows_of_x.row_stride;
+#pragma unroll
+  for (int k = 0; k < kRows; ++k)
+    from_y[k] = y + part / chunks * rows_of_y.batch_stride + min(first_y + k, problem.rows_y - 1) * rows_of_y.row_stride;
 
   float sums[RX * kRows] = {};
-  for (int64_t t = begin + threadIdx.x; t < end; t += kThreads) {
-    float a[RX], b[kRows];  // rows past the end repeat the last one; their sums are not written
+  for (int64_t t = begin; t < end; t += 32 * Count) {
+    Values<scalar_t, Count> a[RX], b[kRows];
 #pragma unroll
-    for (int i = 0; i < RX; ++i) a[i] = x[min(first_x + i, problem.rows_x - 1) * rows_of_x.row_stride + t];
+    for (int i = 0; i < RX; ++i) a[i] = read<Count>(from_x[i] + t);
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) b[k] = y[min(first_y + k, problem.rows_y - 1) * rows_of_y.row_stride + t];
+    for (int k = 0; k < kRows; ++k) b[k] = read<Count>(from_y[k] + t);
 #pragma unroll
-    for (int i = 0; i < RX; ++i) {
+    for (int n = 0; n < Count; ++n) {
 #pragma unroll
-      for (int k = 0; k < kRows; ++k) {
-        const float difference = a[i] - b[k];
-        sums[i * kRows + k] += P == 1 ? fabsf(difference) : difference * difference;
+      for (int i = 0; i < RX; ++i) {
+#pragma unroll
+        for (int k = 0; k < kRows; ++k) {
+          const float difference = a[i][n] - b[k][n];
+          sums[i * kRows + k] += P == 1 ? fabsf(difference) : difference * difference;
+        }
       }
     }
   }
 
-  __shared__ float of_warps[kWarps][RX * kRows];
+  constexpr int mine = (RX * kRows + 31) / 32;
   const int first = add_over_warp<RX * kRows>(sums);
 #pragma unroll
-  for (int n = 0; n < (RX * kRows + 31) / 32; ++n) of_warps[threadIdx.x / 32][first + n] = sums[n];
-  __syncthreads();
-  const int64_t i = first_x + threadIdx.x / kRows, k = first_y + threadIdx.x % kRows;
-  if (threadIdx.x < RX * kRows && i < problem.rows_x && k < problem.rows_y) {
-    float sum = 0;
-    for (int warp = 0; warp < kWarps; ++warp) sum += of_warps[warp][threadIdx.x];
-    partial[block * problem.pairs() + i * problem.rows_y + k] = sum;
-    if (problem.symmetric) partial[block * problem.pairs() + k * problem.rows_y + i] = sum;
+  for (int n = first; n < first + mine; ++n) {
+    const int64_t i = first_x + n / kRows, k = first_y + n % kRows;
+    if (i >= problem.rows_x || k >= problem.rows_y) continue;
+    partial[part * problem.pairs() + i * problem.rows_y + k] = sums[n - first];
+    if (problem.symmetric) partial[part * problem.pairs() + k * problem.rows_y + i] = sums[n - first];
   }
 }
 
@@ -122,107 +149,169 @@ __global__ void __launch_bounds__(kThreads)
 
 // --- backward ---
 
-// weight * d|difference|^P / d difference, without the factor 2 of P = 2; as in torch, the sign is 0 at a tie and at
-// NaN, and the product with it keeps a NaN weight.
+// d|a - b|^P / da, without the factor 2 of P = 2. The sign is 0 at a tie and at NaN, as in torch: two comparisons that
+// give 1 or 0.
 template <int P>
-__device__ float slope(float difference, float weight) {
-  if constexpr (P == 2) return weight * difference;
-  return (fabsf(difference) > 0 ? copysignf(1.0f, difference) : 0.0f) * weight;
+__device__ float slope(float a, float b) {
+  if constexpr (P == 2) return a - b;
+  float above, below;
+  asm("set.gt.f32.f32 %0, %1, %2;" : "=f"(above) : "f"(a), "f"(b));
+  asm("set.lt.f32.f32 %0, %1, %2;" : "=f"(below) : "f"(a), "f"(b));
+  return above - below;
 }
 
-// One input as the kernel sees it within a batch; the weight of its row i and row k of the other is weights[i *
-// weight_step + ...].
+// One input as the kernel sees it; the weight of its row i and row k of the other is weights[i * weight_step + ...].
 template <typename scalar_t>
-struct Matrix {
-  const scalar_t* values;
-  int64_t stride, rows, weight_step;
+struct Operand {
+  Side<scalar_t> side;
+  int64_t rows, weight_step;
 };
 
-// The gradient of R rows of `of`, from row `first` on, at one column per thread.
-template <int P, int R, typename scalar_t>
-__device__ void row_gradients(Matrix<scalar_t> of, Matrix<scalar_t> others, const float* weights, int64_t first,
-                              int64_t column, int64_t features, scalar_t* gradient, int64_t gradient_stride) {
-  __shared__ float staged[kStaged][R];
-  const int64_t readable = min(column, features - 1);
-  float value[R], sum[R] = {};
-#pragma unroll
-  for (int i = 0; i < R; ++i) value[i] = of.values[min(first + i, of.rows - 1) * of.stride + readable];
-  for (int64_t begin = 0; begin < others.rows; begin += kStaged) {
-    const int count = static_cast<int>(min(others.rows - begin, static_cast<int64_t>(kStaged)));
-    __syncthreads();
-    for (int n = threadIdx.x; n < count * R; n += kThreads) {
-      const int64_t i = min(first + n % R, of.rows - 1), k = begin + n / R;
-      staged[n / R][n % R] = P * weights[i * of.weight_step + k * others.weight_step];
-    }
-    __syncthreads();
-    for (int k = 0; k < count; ++k) {
-      const float other = others.values[(begin + k) * others.stride + readable];
-#pragma unroll
-      for (int i = 0; i < R; ++i) sum[i] += slope<P>(value[i] - other, staged[k][i]);
-    }
-  }
+// The gradient of R rows of `held` at Count neighbouring features per thread, and, if Both, that of all rows of
+// `streamed`, of which the R rows are then all there are.
+template <typename scalar_t, int P, int R, int Count, bool Both>
+__global__ void __launch_bounds__(kThreads, 2)
+    gradients(Operand<scalar_t> held, Operand<scalar_t> streamed, const float* weights, Problem problem) {
+  constexpr int ahead = 4;  // rows read before the first is used
+  __shared__ __align__(16) float staged[kStaged][R];
+  const int64_t tiles = divide_up(held.rows, R), features = problem.features;
+  const int64_t column_tiles = divide_up(features, kThreads * Count);
+  const int64_t first = blockIdx.x % tiles * R, rest = blockIdx.x / tiles, batch = rest / column_tiles;
+  const int64_t column = (rest % column_tiles * kThreads + threadIdx.x) * Count;
+  const int rows = static_cast<int>(min(int64_t{R}, held.rows - first));
+  const bool inside = column < features;
+  const int64_t readable = inside ? column : 0;
+  const scalar_t* others = streamed.side.values + batch * streamed.side.rows.batch_stride + readable;
+  weights += batch * problem.pairs() + first * held.weight_step;
+
+  float value[R][Count], sum[R][Count] = {};
 #pragma unroll
   for (int i = 0; i < R; ++i) {
-    if (first + i < of.rows && column < features)
-      gradient[(first + i) * gradient_stride + column] = static_cast<scalar_t>(sum[i]);
+    const int64_t row = first + min(i, rows - 1);
+    const auto read_values = read<Count>(held.side.values + batch * held.side.rows.batch_stride +
+                                         row * held.side.rows.row_stride + readable);
+#pragma unroll
+    for (int n = 0; n < Count; ++n) value[i][n] = read_values[n];
   }
-}
-
-// Row tiles of a wanted gradient; an input of one row (an anchor with its own negatives) needs no kRows registers.
-__host__ __device__ constexpr int64_t row_tiles(bool wanted, int64_t rows) {
-  return wanted ? divide_up(rows, kRows) : 0;
-}
-
-template <typename scalar_t, int P>
-__global__ void __launch_bounds__(kThreads)
-    gradients(Side<scalar_t> x, Side<scalar_t> y, const float* weights, Problem problem) {
-  const int64_t tiles_x = row_tiles(x.gradient, problem.rows_x), tiles_y = row_tiles(y.gradient, problem.rows_y);
-  const int64_t column_tiles = divide_up(problem.features, kThreads);
-  const int64_t tile = blockIdx.x % (tiles_x + tiles_y), rest = blockIdx.x / (tiles_x + tiles_y);
-  const int64_t column = rest % column_tiles * kThreads + threadIdx.x, batch = rest / column_tiles;
-  const Matrix<scalar_t> in_x{x.values + batch * x.rows.batch_stride, x.rows.row_stride, problem.rows_x,
-                              problem.rows_y};
-  const Matrix<scalar_t> in_y{y.values + batch * y.rows.batch_stride, y.rows.row_stride, problem.rows_y, 1};
-  weights += batch * problem.pairs();
-  if (tile >= tiles_x) {
-    scalar_t* gradient = y.gradient + batch * y.gradient_rows.batch_stride;
-    const int64_t first = (tile - tiles_x) * kRows;
-    row_gradients<P, kRows>(in_y, in_x, weights, first, column, problem.features, gradient, y.gradient_rows.row_stride);
-  } else {
-    scalar_t* gradient = x.gradient + batch * x.gradient_rows.batch_stride;
-    if (problem.rows_x == 1) {
-      row_gradients<P, 1>(in_x, in_y, weights, 0, column, problem.features, gradient, x.gradient_rows.row_stride);
-    } else {
-      row_gradients<P, kRows>(in_x, in_y, weights, tile * kRows, column, problem.features, gradient,
-                              x.gradient_rows.row_stride);
+  for (int64_t begin = 0; begin < streamed.rows; begin += kStaged) {
+    const int count = static_cast<int>(min(streamed.rows - begin, int64_t{kStaged}));
+    __syncthreads();
+    for (int n = threadIdx.x; n < count * R; n += kThreads) {
+      const int i = n % R;
+      staged[n / R][i] = i < rows ? P * weights[i * held.weight_step + (begin + n / R) * streamed.weight_step] : 0.0f;
     }
+    __syncthreads();
+    for (int block = 0; block < count; block += ahead) {
+      Values<scalar_t, Count> other[ahead];
+#pragma unroll
+      for (int j = 0; j < ahead; ++j)
+        other[j] = read<Count>(others + (begin + min(block + j, count - 1)) * streamed.side.rows.row_stride);
+#pragma unroll
+      for (int j = 0; j < ahead; ++j) {
+        if (block + j >= count) break;
+        float total[Count] = {};
+#pragma unroll
+        for (int i = 0; i < R; ++i) {
+          const float weight = staged[block + j][i];
+#pragma unroll
+          for (int n = 0; n < Count; ++n) {
+            const float factor = slope<P>(value[i][n], other[j][n]);
+            sum[i][n] += weight * factor;
+            if (Both && (P == 1 || i < rows)) total[n] -= weight * factor;  // 0 times an infinite difference is NaN
+          }
+        }
+        if (Both && inside) {
+          Values<scalar_t, Count> result;
+#pragma unroll
+          for (int n = 0; n < Count; ++n) result.at[n] = static_cast<scalar_t>(total[n]);
+          scalar_t* to = streamed.side.gradient + batch * streamed.side.gradient_rows.batch_stride +
+                         (begin + block + j) * streamed.side.gradient_rows.row_stride + column;
+          *reinterpret_cast<Values<scalar_t, Count>*>(to) = result;
+        }
+      }
+    }
+  }
+  if (held.side.gradient == nullptr || !inside) return;
+#pragma unroll
+  for (int i = 0; i < R; ++i) {
+    if (i >= rows) break;
+    Values<scalar_t, Count> result;
+#pragma unroll
+    for (int n = 0; n < Count; ++n) result.at[n] = static_cast<scalar_t>(sum[i][n]);
+    scalar_t* to = held.side.gradient + batch * held.side.gradient_rows.batch_stride +
+                   (first + i) * held.side.gradient_rows.row_stride + column;
+    *reinterpret_cast<Values<scalar_t, Count>*>(to) = result;
   }
 }
 
 // --- launches ---
 
-template <typename scalar_t, int P>
-void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows rows_of_y, const Problem& problem,
-                      Tensor& result) {
-  const int64_t chunk =
-      std::max(kShortestChunk, divide_up(divide_up(problem.features, kMostChunks), kThreads) * kThreads);
-  const int64_t chunks = divide_up(problem.features, chunk), count = problem.batches * problem.pairs();
-  const Tensor partial = torch::stable::new_empty(result, {chunks * count});
-  const bool single = problem.rows_x == 1;
-  const Tiles tiles{divide_up(problem.rows_x, single ? 1 : kRows), divide_up(problem.rows_y, kRows), problem.symmetric};
-  const auto kernel = single ? partial_distances<scalar_t, P, 1> : partial_distances<scalar_t, P, kRows>;
-  const auto stream = current_stream(x);
-  launch(stream, problem.batches * chunks * tiles.count(), kThreads, 0, kernel, const_data<scalar_t>(x), rows_of_x,
-         const_data<scalar_t>(y), rows_of_y, problem, chunk, tiles, data<float>(partial));
-  launch(stream, divide_up(count, kThreads), kThreads, 0, add_chunks, const_data<float>(partial), chunks, problem.pairs(), count,
-         data<float>(result));
+// Whether Count neighbouring values can be read or written at once, at every row.
+template <int Count, typename scalar_t>
+bool aligned(const scalar_t* values, const Rows& rows, const Problem& problem) {
+  return reinterpret_cast<uintptr_t>(values) % (sizeof(scalar_t) * Count) == 0 && problem.features % Count == 0 &&
+         rows.batch_stride % Count == 0 && rows.row_stride % Count == 0;
+}
+
+// Calls run with Count as a constant where `possible`, else with 1.
+template <int Count, typename Run>
+void with_count(bool possible, const Run& run) {
+  if (possible) return run(std::integral_constant<int, Count>{});
+  run(std::integral_constant<int, 1>{});
 }
 
 template <typename scalar_t, int P>
+void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows rows_of_y, const Problem& problem,
+                      Tensor& result) {
+  constexpr int vector = 2;
+  const bool single = problem.rows_x == 1;
+  const Tiles tiles{divide_up(problem.rows_x, single ? 1 : kRows), divide_up(problem.rows_y, kRows), problem.symmetric};
+  // As many chunks as fill the device a whole number of times, so that no multiprocessor waits for the last ones.
+  const int64_t fill = divide_up(multiprocessors(x) * kWarps, std::max(problem.batches * tiles.count(), int64_t{1}));
+  const int64_t times = divide_up(problem.features, fill * kLongest * 32);
+  const int64_t words = divide_up(problem.features, std::max(fill * times, int64_t{1}) * 32 * vector);
+  const int64_t chunk = std::max(words, int64_t{1}) * 32 * vector;
+  const int64_t chunks = divide_up(problem.features, chunk), count = problem.batches * problem.pairs();
+  const Tensor partial = torch::stable::new_empty(result, {chunks * count});
+  const auto stream = current_stream(x);
+  const auto *from_x = const_data<scalar_t>(x), *from_y = const_data<scalar_t>(y);
+  with_count<vector>(
+      aligned<vector>(from_x, rows_of_x, problem) && aligned<vector>(from_y, rows_of_y, problem), [&](auto vectors) {
+        const auto kernel = single ? partial_distances<scalar_t, P, 1, vectors> : partial_distances<scalar_t, P, kRows, vectors>;
+        launch(stream, divide_up(problem.batches * chunks * tiles.count(), kWarps), 32 * kWarps, 0, kernel, from_x,
+               rows_of_x, from_y, rows_of_y, problem, chunk, chunks, tiles, data<float>(partial));
+      });
+  launch(stream, divide_up(count, kThreads), kThreads, 0, add_chunks, const_data<float>(partial), chunks,
+         problem.pairs(), count, data<float>(result));
+}
+
+// One launch for both gradients where a thread can hold all rows of one input.
+template <typename scalar_t, int P>
 void launch_gradients(const Side<scalar_t>& x, const Side<scalar_t>& y, const Tensor& weight, const Problem& problem) {
-  const int64_t tiles = row_tiles(x.gradient, problem.rows_x) + row_tiles(y.gradient, problem.rows_y);
-  const int64_t blocks = problem.batches * divide_up(problem.features, kThreads) * tiles;
-  launch(current_stream(weight), blocks, kThreads, 0, gradients<scalar_t, P>, x, y, const_data<float>(weight), problem);
+  constexpr int vector = 2;
+  const Operand<scalar_t> of_x{x, problem.rows_x, problem.rows_y}, of_y{y, problem.rows_y, 1};
+  bool vectors = true;
+  for (const auto& side : {x, y}) {
+    vectors = vectors && aligned<vector>(side.values, side.rows, problem) &&
+              aligned<vector>(side.gradient, side.gradient_rows, problem);
+  }
+  const auto run = [&](const Operand<scalar_t>& held, const Operand<scalar_t>& streamed, auto both) {
+    with_count<vector>(vectors, [&](auto count) {
+      const auto with_rows = [&](auto rows) {
+        const int64_t tiles = divide_up(problem.features, kThreads * count) * divide_up(held.rows, rows);
+        launch(current_stream(weight), problem.batches * tiles, kThreads, 0, gradients<scalar_t, P, rows, count, both>,
+               held, streamed, const_data<float>(weight), problem);
+      };
+      if (held.rows == 1) return with_rows(std::integral_constant<int, 1>{});
+      if (held.rows <= 4) return with_rows(std::integral_constant<int, 4>{});
+      with_rows(std::integral_constant<int, kHeld>{});
+    });
+  };
+  const auto fits = [](int64_t rows) { return rows >= 1 && rows <= kHeld; };
+  if (x.gradient && y.gradient && fits(problem.rows_x)) return run(of_x, of_y, std::true_type{});
+  if (x.gradient && y.gradient && fits(problem.rows_y)) return run(of_y, of_x, std::true_type{});
+  if (x.gradient) run(of_x, of_y, std::false_type{});
+  if (y.gradient) run(of_y, of_x, std::false_type{});
 }
 
 }  // namespace

@@ -15,6 +15,12 @@ inline cudaStream_t current_stream(const Tensor& t) {
   return static_cast<cudaStream_t>(stream);
 }
 
+inline int64_t multiprocessors(const Tensor& t) {
+  int count = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, t.get_device_index()));
+  return count;
+}
+
 // An empty grid is no work. `shared` is the dynamic shared memory of a block, in bytes.
 template <typename... Parameters, typename... Arguments>
 void launch(cudaStream_t stream, int64_t blocks, int threads, size_t shared, void (*kernel)(Parameters...),
