@@ -47,9 +47,13 @@ LONGEST_CHUNK = 4096  # bounds the rounding error of one sum
 WAVES = 4  # programs for each multiprocessor, where chunks can be cut so short
 
 
-def chunks(positions: int, programs: int, device: torch.device) -> int:
-    """Into how many chunks a sum over positions is cut, where each chunk is the work of so many programs."""
-    wanted = triton.cdiv(multiprocessors(device) * WAVES, programs)
+def chunks(positions: int, programs: int, device: torch.device, resident: int = 0) -> int:
+    """Into how many chunks a sum over positions is cut, where each chunk is the work of so many programs.
+
+    With `resident`, as many as that many programs for each multiprocessor allow: all of them start at once.
+    """
+    slots = multiprocessors(device)
+    wanted = slots * resident // programs if resident else triton.cdiv(slots * WAVES, programs)
     fewest, most = triton.cdiv(positions, LONGEST_CHUNK), triton.cdiv(positions, SHORTEST_CHUNK)
     return int(max(fewest, min(most, wanted)))
 

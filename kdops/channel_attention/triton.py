@@ -58,7 +58,7 @@ def _rows(columns: int) -> dict[str, int]:
 
 
 def attention_of(partial: Tensor, shape: tuple[int, ...], scale: float) -> Tensor:
-    total, chunks, r, c = partial.shape
+    (total, chunks, _), (_, _, r, c) = partial.shape, shape
     attention = partial.new_empty(shape)
     launch = _rows(c)
     grid = (triton.cdiv(total * r, launch["ROWS"]),)
@@ -67,7 +67,7 @@ def attention_of(partial: Tensor, shape: tuple[int, ...], scale: float) -> Tenso
 
 
 def gradient_of_logits(partial: Tensor, attention: Tensor, scale: float) -> Tensor:
-    total, chunks, r, c = partial.shape
+    (total, chunks, _), (_, _, r, c) = partial.shape, attention.shape
     slopes = torch.empty_like(attention)
     launch = _rows(c)
     grid = (triton.cdiv(total * r, launch["ROWS"]),)
@@ -95,7 +95,7 @@ def channel_attention(
     shape = shape_of(query, key, heads)
     if query.shape[0] == 0:
         return out, out.new_empty(shape, dtype=torch.float32)
-    attention = attention_of(launch_grams(query, key, heads).xy, shape, factor_of(query, scale))
+    attention = attention_of(launch_grams(query, key, heads).sums, shape, factor_of(query, scale))
     launch_mix(out, [(attention, value)])
     return out, attention
 
@@ -120,7 +120,7 @@ def channel_attention_backward(
     if query.shape[0] > 0:
         of_logits = attention
         if need_query or need_key:
-            of_logits = gradient_of_logits(launch_grams(grad, v, heads).xy, attention, factor_of(query, scale))
+            of_logits = gradient_of_logits(launch_grams(grad, v, heads).sums, attention, factor_of(query, scale))
         if need_query:
             launch_mix(of_query.columns, [(of_logits, key)])
         as_value = (attention.mT, grad)

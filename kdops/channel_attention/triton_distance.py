@@ -15,12 +15,170 @@ from torch import Tensor
 from .. import tiles
 from ..layout import GradientColumns
 from ..tiles import features
-from .triton import attention_of, factor_of, gradient_of_logits, shape_of
-from .triton_products import launch_grams, launch_mix, matrix_features, same, store_tile, tile_of
+from .triton import factor_of, shape_of
+from .triton_products import Grams, launch_grams, launch_mix, same, store_tile, tile_of
 
 CLOSE = 2**-5  # below this part of the target's square, the distance by Grams has lost five bits or more
 DIRECT = {"BLOCK": 64, "POSITIONS": 32, "num_warps": 8}  # of the kernels that form the residual
 DIRECT_GRAM = {"BLOCK": 32, "POSITIONS": 32, "num_warps": 4}  # with larger blocks registers spill
+ROWS = 16  # of a C x C matrix that a program works on
+DEPTH = 16
+
+# --- C x C matrices ---------------------------------------------------------------------------------------------------------------
+#
+# Two kernels do all that is to be done on them, a block of rows each program: some ten small operators of torch took as long as the maps.
+
+
+@triton.jit
+def _add_square_product(sums, left, left_row, left_column, right, r, j, R, K, C, DEPTH: tl.constexpr):
+    """sums (r, j) + left (R, K), whose strides are given, times right (K, C), in full float32."""
+    for first in range(0, K, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        a = tl.load(
+            left + r[:, None] * left_row + k[None, :] * left_column, mask=(r < R)[:, None] & (k < K)[None, :], other=0.0
+        )
+        b = tl.load(right + k[:, None] * C + j, mask=(k < K)[:, None] & (j < C), other=0.0)
+        sums += tiles.dot(a, b)
+    return sums
+
+
+@triton.jit(do_not_specialize=["scale", "R", "C", "VALUES", "SQUARES", "CROSS", "width"])
+def _compare(
+    sums,  # (heads, width) float32: the Grams
+    attention,  # (heads, R, C)
+    of_attention,  # (heads, R, C): residual value^T
+    parts,  # (heads, blocks, 2) float64: what a block of rows adds to the distance and to the target's square
+    scale,
+    width,
+    R,
+    C,
+    VALUES,
+    SQUARES,
+    CROSS,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The attention, by a softmax of scaled Grams, and with it the distance and its gradient, a block of rows of one head."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(R, ROWS)
+    head = program // blocks
+    r = program % blocks * ROWS + tl.arange(0, ROWS)
+    j = tl.arange(0, COLUMNS)[None, :]
+    inside = (r < R)[:, None] & (j < C)
+    at = r[:, None] * C + j
+    grams = sums + head * width
+    logits = tl.where(j < C, tiles.load(grams + at, inside) * scale, float("-inf"))
+    weights = tl.exp(logits - tl.max(logits, 1)[:, None])
+    weights /= tl.sum(weights, 1)[:, None]
+    own = attention + head * R * C
+    tiles.store(own + at, weights, inside)
+    tl.debug_barrier()  # the product reads rows that other threads have written
+    of_values = tl.zeros((ROWS, COLUMNS), tl.float32)
+    of_values = _add_square_product(of_values, own, C, 1, grams + VALUES, r, j, R, C, C, DEPTH)
+    cross = tiles.load(grams + CROSS + at, inside)
+    slopes = of_values - cross
+    tiles.store(of_attention + head * R * C + at, slopes, inside)
+    square = tl.sum(tiles.load(grams + SQUARES + r, r < R).to(tl.float64))
+    products = weights.to(tl.float64) * (slopes.to(tl.float64) - cross.to(tl.float64))
+    distance = square + tl.sum(tl.where(inside, products, 0.0))
+    tl.store(parts + program * 2, distance)
+    tl.store(parts + program * 2 + 1, square)
+
+
+@triton.jit
+def _distance_of(parts, sample, count, bound, COUNT: tl.constexpr):
+    """A sample's distance by Grams, and whether it is to be formed directly: also where it is not a number."""
+    k = tl.arange(0, COUNT)
+    at = parts + (sample * count + k) * 2
+    distance = tl.sum(tl.load(at, mask=k < count, other=0.0))
+    square = tl.sum(tl.load(at + 1, mask=k < count, other=0.0))
+    far = (distance > bound * square) & (distance < float("inf"))
+    return distance, far == 0
+
+
+@triton.jit(do_not_specialize=["count", "bound", "heads", "chunks", "R", "C"])
+def _settle(
+    parts,  # (B, count, 2)
+    residual,  # (heads, chunks, R * C + R) float32: of samples that are close, residual value^T and the residual's squares
+    of_attention,
+    distances,  # (B,) float32
+    close,  # (B,) int32
+    count,
+    bound,
+    heads,
+    chunks,
+    R,
+    C,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The distances; and for close samples the direct form instead. One program: a block of numbers of one head's matrix."""
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(R * C, BLOCK)
+    head = program // blocks
+    block = program % blocks
+    sample = head // heads
+    distance, direct = _distance_of(parts, sample, count, bound, COUNT)
+    width = R * C + R
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    if direct:
+        sums = tl.zeros((BLOCK,), tl.float32)
+        for chunk in range(chunks):
+            sums += tiles.load(residual + (head * chunks + chunk) * width + at, at < R * C)
+        tiles.store(of_attention + head * R * C + at, sums, at < R * C)
+    if program % (heads * blocks) == 0:
+        if direct:
+            square = tl.zeros((BLOCK,), tl.float64)
+            for chunk in range(heads * chunks):
+                for first in range(0, R, BLOCK):
+                    r = first + tl.arange(0, BLOCK)
+                    of_rows = residual + (head * chunks + chunk) * width + R * C + r
+                    square += tiles.load(of_rows, r < R).to(tl.float64)
+            distance = tl.sum(square)
+        tl.store(distances + sample, distance.to(tl.float32))
+        tl.store(close + sample, direct.to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["scale", "R", "C"])
+def _slopes(
+    attention,  # (heads, R, C)
+    of_attention,
+    of_logits,  # (heads, R, C), or None
+    less,  # of_logits - attention, or None
+    square,  # attention^T attention (heads, C, C), or None
+    scale,
+    R,
+    C,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """What backward multiplies the maps with, a block of rows of one head: the gradient of the unscaled logits, or the square."""
+    program = tl.program_id(0).to(tl.int64)
+    of_slopes = tl.cdiv(R, ROWS)
+    blocks = of_slopes + (0 if square is None else tl.cdiv(C, ROWS))
+    head = program // blocks
+    block = program % blocks
+    j = tl.arange(0, COLUMNS)[None, :]
+    own = attention + head * R * C
+    if block < of_slopes:
+        r = block * ROWS + tl.arange(0, ROWS)
+        inside = (r < R)[:, None] & (j < C)
+        at = r[:, None] * C + j
+        weights = tiles.load(own + at, inside)
+        weighted = weights * tiles.load(of_attention + head * R * C + at, inside)
+        slopes = (weighted - weights * tl.sum(weighted, 1)[:, None]) * scale
+        if of_logits is not None:
+            tiles.store(of_logits + head * R * C + at, slopes, inside)
+        if less is not None:
+            tiles.store(less + head * R * C + at, slopes - weights, inside)
+    elif square is not None:
+        r = (block - of_slopes) * ROWS + tl.arange(0, ROWS)
+        sums = tl.zeros((ROWS, COLUMNS), tl.float32)
+        sums = _add_square_product(sums, own, 1, C, own, r, j, C, R, C, DEPTH)
+        tiles.store(square + head * C * C + r[:, None] * C + j, sums, (r < C)[:, None] & (j < C))
+
 
 # --- the residual, for samples close to their target -----------------------------------------------------------------------------
 
@@ -37,52 +195,48 @@ def _residual(attention, value, target, head, heads, n, i, R, DEPTH: tl.constexp
     return tl.where((n < target.positions)[:, None] & (i < R)[None, :], sums, 0.0)
 
 
-@triton.jit(do_not_specialize=["heads", "chunks", "R", "C"])
+@triton.jit(do_not_specialize=["count", "bound", "heads", "chunks", "R", "C"])
 def _residual_sums(
     attention,
     value,
     target,
-    direct,  # (B,) int32: which samples
-    squares,  # (heads, chunks, R) float32, or None
-    gram,  # (heads, chunks, R, C) float32: residual value^T, or None
+    parts,  # (B, count, 2) float64: they tell which samples are close
+    sums,  # (heads, chunks, R * C + R) float32: residual value^T, and the residual's squares
+    count,
+    bound,
     heads,
     chunks,
     R,
     C,
+    COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: a block of channels of the target and, where gram is given, one of the value, over a chunk of the positions."""
+    """One program: a block of channels of the target and one of the value, over a chunk of the positions."""
     program = tl.program_id(0).to(tl.int64)
-    rows = tl.cdiv(R, BLOCK)
-    columns = 1
-    if gram is not None:
-        columns = tl.cdiv(C, BLOCK)
+    rows, columns = tl.cdiv(R, BLOCK), tl.cdiv(C, BLOCK)
     part = program // (rows * columns)  # counts the chunks of all heads
     head = part // chunks
-    if tl.load(direct + head // heads) == 0:
+    _, direct = _distance_of(parts, head // heads, count, bound, COUNT)
+    if direct == 0:
         return
     i = program // columns % rows * BLOCK + tl.arange(0, BLOCK)
     j = program % columns * BLOCK + tl.arange(0, BLOCK)
     steps = tl.cdiv(tl.cdiv(value.positions, POSITIONS), chunks)
     square = tl.zeros((BLOCK,), tl.float32)
-    sums = tl.zeros((BLOCK, BLOCK), tl.float32)
+    gram = tl.zeros((BLOCK, BLOCK), tl.float32)
     for step in range(steps):
         n = (part % chunks * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
         residual = _residual(attention, value, target, head, heads, n, i, R, POSITIONS, PRECISION)
-        if gram is not None:
-            sums += tiles.dot(tl.trans(residual), tiles.widen(tile_of(value, head, heads, n, j, C)), PRECISION)
-        else:
-            square += tl.sum(residual * residual, 0)
-    if gram is not None:
-        out = gram + (part * R + i)[:, None] * C + j[None, :]
-        tiles.store(out, sums, (i < R)[:, None] & (j < C)[None, :])
-    else:
-        tiles.store(squares + part * R + i, square, i < R)
+        gram += tiles.dot(tl.trans(residual), tiles.widen(tile_of(value, head, heads, n, j, C)), PRECISION)
+        square += tl.sum(residual * residual, 0)
+    at = sums + part * (R * C + R)
+    tiles.store(at + i[:, None] * C + j[None, :], gram, (i < R)[:, None] & (j < C)[None, :])
+    tiles.store(at + R * C + i, square, i < R)  # by every block of columns, the same
 
 
-@triton.jit(do_not_specialize=["heads", "R", "C"])
+@triton.jit(do_not_specialize=["gain", "heads", "R", "C"])
 def _residual_mix(
     out,
     matrix,  # of a first term, or None
@@ -92,6 +246,7 @@ def _residual_mix(
     target,
     direct,  # (B,) int32: which samples
     factor,  # (B,) float32
+    gain,
     heads,
     R,
     C,
@@ -99,7 +254,10 @@ def _residual_mix(
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = factor * (attention^T @ residual + matrix @ first_map); one program: a block of channels of the value at some positions."""
+    """out = gain * factor * (attention^T @ residual + matrix @ first_map).
+
+    One program: a block of channels of the value at some positions.
+    """
     program = tl.program_id(0).to(tl.int64)
     blocks, strips = tl.cdiv(C, BLOCK), tl.cdiv(out.positions, POSITIONS)
     head = program // (blocks * strips)
@@ -118,38 +276,90 @@ def _residual_mix(
         residual = _residual(attention, value, target, head, heads, n, i, R, POSITIONS, PRECISION)
         weights = tl.trans(tile_of(attention, head, 1, j, i, R))
         sums += tiles.dot(residual, weights, PRECISION)
-    sums *= tl.load(factor + head // heads)
+    sums *= gain * tl.load(factor + head // heads)
     store_tile(out, sums, head, heads, n, j, C)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------------------
 
 
-def _launch_residual_sums(attention: Tensor, value: Tensor, target: Tensor, direct: Tensor, gram: bool) -> Tensor:
-    """||residual||^2 (B,) float64 or, with `gram`, residual value^T (B, heads, R, C); only for the samples marked in `direct`."""
+def _launch_compare(grams: Grams, shape: tuple[int, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """-> attention, residual value^T, and what blocks of rows add to distance and square, (B, blocks, 2) float64."""
+    batch, heads, r, c = shape
+    sums = grams.sums.sum(1)
+    attention = sums.new_empty(shape)
+    of_attention = torch.empty_like(attention)
+    blocks = triton.cdiv(r, ROWS)
+    parts = sums.new_empty((batch, heads * blocks, 2), dtype=torch.float64)
+    _compare[(batch * heads * blocks,)](
+        sums,
+        attention,
+        of_attention,
+        parts,
+        scale,
+        sums.shape[1],
+        r,
+        c,
+        *grams[1:],
+        **_by_rows(c),
+        **tiles.OPTIONS,
+    )
+    return attention, of_attention, parts
+
+
+def _by_rows(columns: int) -> dict[str, int]:
+    width = max(16, triton.next_power_of_2(columns))
+    return {"ROWS": ROWS, "COLUMNS": width, "DEPTH": DEPTH, "num_warps": 4 if width <= 128 else 8}
+
+
+def _launch_residual_sums(attention: Tensor, value: Tensor, target: Tensor, parts: Tensor) -> Tensor:
+    """Of close samples, residual value^T and the residual's squares, (B * heads, chunks, R * C + R)."""
     batch, heads, r, c = attention.shape
     v, t = features(value), features(target)
-    options = DIRECT_GRAM if gram else DIRECT
-    rows, columns = triton.cdiv(r, options["BLOCK"]), triton.cdiv(c, options["BLOCK"]) if gram else 1
-    chunks = tiles.chunks(v.positions, batch * heads * rows * columns, value.device)
-    shape = (r, c) if gram else (r,)
-    sums = attention.new_empty((batch * heads, chunks, *shape))
-    _residual_sums[(batch * heads * chunks * rows * columns,)](
-        matrix_features(attention, torch.float32),
+    blocks = triton.cdiv(r, DIRECT_GRAM["BLOCK"]) * triton.cdiv(c, DIRECT_GRAM["BLOCK"])
+    chunks = tiles.chunks(v.positions, batch * heads * blocks, value.device)
+    sums = attention.new_empty((batch * heads, chunks, r * c + r))
+    _residual_sums[(batch * heads * chunks * blocks,)](
+        features(attention.flatten(0, 1)),
         v,
         t,
-        direct,
-        None if gram else sums,
-        sums if gram else None,
+        parts,
+        sums,
+        parts.shape[1],
+        CLOSE,
         heads,
         chunks,
         r,
         c,
+        triton.next_power_of_2(parts.shape[1]),
         PRECISION=tiles.precision(),
-        **options,
+        **DIRECT_GRAM,
         **tiles.OPTIONS,
     )
-    return sums.sum(1).view_as(attention) if gram else sums.view(batch, -1).sum(1, dtype=torch.float64)
+    return sums
+
+
+def _launch_settle(parts: Tensor, residual: Tensor, of_attention: Tensor) -> tuple[Tensor, Tensor]:
+    """-> distance (B,), and which samples are close (B,) int32; of those `of_attention` is written again."""
+    batch, heads, r, c = of_attention.shape
+    distances, close = of_attention.new_empty(batch), of_attention.new_empty(batch, dtype=torch.int32)
+    _settle[(batch * heads * triton.cdiv(r * c, 1024),)](
+        parts,
+        residual,
+        of_attention,
+        distances,
+        close,
+        parts.shape[1],
+        CLOSE,
+        heads,
+        residual.shape[1],
+        r,
+        c,
+        triton.next_power_of_2(parts.shape[1]),
+        1024,
+        **tiles.OPTIONS,
+    )
+    return distances, close
 
 
 def _launch_residual_mix(
@@ -165,13 +375,14 @@ def _launch_residual_mix(
     to = features(out)
     _residual_mix[(batch * heads * triton.cdiv(c, DIRECT["BLOCK"]) * triton.cdiv(to.positions, DIRECT["POSITIONS"]),)](
         to,
-        None if term is None else matrix_features(term[0], torch.float32),
+        None if term is None else features(term[0].flatten(0, 1)),
         None if term is None else features(term[1]),
-        matrix_features(attention, torch.float32),
+        features(attention.flatten(0, 1)),
         features(value),
         features(target),
         direct,
         factor,
+        2.0,
         heads,
         r,
         c,
@@ -187,28 +398,16 @@ def _launch_residual_mix(
 def channel_attention_distance(
     query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> distance (B,), attention and residual value^T (B, heads, Cq / heads, Ck / heads), and which samples are close (B,) int32.
-
-    Of those the second matrix is not exact.
-    """
+    """-> distance (B,), attention and residual value^T (B, heads, Cq / heads, Ck / heads), and which samples are close (B,) int32."""
     shape = shape_of(query, key, heads)
     if query.shape[0] == 0:
         nothing = query.new_empty(shape, dtype=torch.float32)
         return query.new_empty(0, dtype=torch.float32), nothing, nothing.clone(), query.new_empty(0, dtype=torch.int32)
     grams = launch_grams(query, key, heads, value, target)
-    attention = attention_of(grams.xy, shape, factor_of(query, scale))
-    values = grams.values.sum(1)
-    cross = grams.cross.sum(1).view(shape)
-    of_attention = torch.empty_like(attention)
-    launch_mix(
-        of_attention.flatten(0, 1), [(attention.view(-1, 1, *shape[2:]), values)], cross.flatten(0, 1), exact=True
-    )
-    square = grams.squares.view(shape[0], -1).sum(1, dtype=torch.float64)
-    distance = square + (attention.double() * (of_attention.double() - cross)).flatten(1).sum(1)
-    direct = ~((distance > CLOSE * square) & (distance < float("inf")))  # also where it is not a number
-    close = direct.int()
-    residual = _launch_residual_sums(attention, key if value is None else value, target, close, gram=False)
-    return torch.where(direct, residual, distance).float(), attention, of_attention, close
+    attention, of_attention, parts = _launch_compare(grams, shape, factor_of(query, scale))
+    residual = _launch_residual_sums(attention, key if value is None else value, target, parts)
+    distance, close = _launch_settle(parts, residual, of_attention)
+    return distance, attention, of_attention, close
 
 
 def channel_attention_distance_backward(
@@ -234,43 +433,50 @@ def channel_attention_distance_backward(
         for t, need in ((query, need_query), (key, need_key), (v, need_value), (target, need_target))
     )
     if query.shape[0] > 0:
-        slope = 2 * grad.float()  # of the square
-        of_logits = attention
-        if need_query or need_key:
-            exactly = _launch_residual_sums(attention, v, target, close, gram=True)
-            of_attention = torch.where(close[:, None, None, None] != 0, exactly, of_attention)
-            of_logits = gradient_of_logits(of_attention.flatten(0, 1).unsqueeze(1), attention, factor_of(query, scale))
+        grad = grad if grad.stride(0) == 1 else grad.clone()  # it may be expanded
+        by_value = need_value or (need_key and value is None)
+        # The gradient of a student that is key and value, by the logits and as the value, has one factor for a target that is the query.
+        together = need_key and value is None and same(query, target)
+        of_logits, less, square = _launch_slopes(
+            attention, of_attention, factor_of(query, scale), need_query or need_key, together, by_value
+        )
         if need_query:
-            launch_mix(of_query.columns, [(of_logits, key)], factor=slope)
-        by_logits = of_logits.mT, query
-        if need_key and value is None:
-            _of_value(of_key.columns, by_logits, attention, v, target, close, slope)
-        elif need_key:
-            launch_mix(of_key.columns, [by_logits], factor=slope)
-        if need_value:
-            _of_value(of_value.columns, None, attention, v, target, close, slope)
+            launch_mix(of_query.columns, [(of_logits, key)], factor=grad, gain=2)
+        if need_key and value is not None:
+            launch_mix(of_key.columns, [(of_logits.mT, query)], factor=grad, gain=2)
+        if by_value:
+            term = None if value is not None else (of_logits.mT, query)
+            terms = [(square, v), (less.mT if together else -attention.mT, target)]
+            if term is not None and not together:
+                terms.append(term)
+            out = (of_key if value is None else of_value).columns
+            launch_mix(out, terms, factor=grad, gain=2, direct=close)
+            _launch_residual_mix(out, term, attention, v, target, close, grad)
         if need_target:
-            launch_mix(of_target.columns, [(attention, v)], minus=target, factor=-slope)
+            launch_mix(of_target.columns, [(attention, v)], minus=target, factor=grad, gain=-2)
     return of_query.finish(), of_key.finish(), of_value.finish(), of_target.finish()
 
 
-def _of_value(
-    out: Tensor,
-    term: tuple[Tensor, Tensor] | None,
-    attention: Tensor,
-    value: Tensor,
-    target: Tensor,
-    close: Tensor,
-    slope: Tensor,
-) -> None:
-    """out = slope * (attention^T residual + the term), its residual formed for close samples only."""
-    square = attention.new_empty((*attention.shape[:2], attention.shape[3], attention.shape[3]))
-    maps = attention.flatten(0, 1)
-    launch_mix(square.flatten(0, 1), [(maps.mT.unsqueeze(1), maps)], exact=True)
-    terms = [(square, value)]
-    if term is not None and same(term[1], target):
-        terms.append((term[0] - attention.mT, target))
-    else:
-        terms += [(-attention.mT, target), *([] if term is None else [term])]
-    launch_mix(out, terms, factor=slope, direct=close)
-    _launch_residual_mix(out, term, attention, value, target, close, slope)
+def _launch_slopes(
+    attention: Tensor, of_attention: Tensor, scale: float, logits: bool, together: bool, by_value: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the logits, that less the attention, and attention^T attention; (0,) where one is not wanted."""
+    batch, heads, r, c = attention.shape
+    of_logits = torch.empty_like(attention) if logits else attention.new_empty(0)
+    less = torch.empty_like(attention) if together else attention.new_empty(0)
+    square = attention.new_empty((batch, heads, c, c) if by_value else 0)
+    if logits or by_value:
+        blocks = triton.cdiv(r, ROWS) + (triton.cdiv(c, ROWS) if by_value else 0)
+        _slopes[(batch * heads * blocks,)](
+            attention,
+            of_attention,
+            of_logits if logits else None,
+            less if together else None,
+            square if by_value else None,
+            scale,
+            r,
+            c,
+            **_by_rows(c),
+            **tiles.OPTIONS,
+        )
+    return of_logits, less, square

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import tiles
-from ..tiles import Features, features
+from ..tiles import features
 
 # --- maps times maps -------------------------------------------------------------------------------------------------------------
 
@@ -27,145 +27,100 @@ def tile_of(features, head, heads, n, c, C):
     return tl.load(pointers, mask=(n < features.positions)[:, None] & (c < C)[None, :], other=0.0)
 
 
-@triton.jit
-def _gram_block(
-    x, y, out, squares, block, chunk, head, heads, chunks, CX, CY, BLOCK: tl.constexpr, POSITIONS: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr
-):  # fmt: skip
-    """One block of out[head, chunk] = x y^T over a chunk of the positions, and of the squares of x (if not None)."""
-    columns = tl.cdiv(CY, BLOCK)
-    i = block // columns * BLOCK + tl.arange(0, BLOCK)
-    j = block % columns * BLOCK + tl.arange(0, BLOCK)
-    steps = tl.cdiv(tl.cdiv(x.positions, POSITIONS), chunks)
-    sums = tl.zeros((BLOCK, BLOCK), tl.float32)
-    square = tl.zeros((BLOCK,), tl.float32)
-    for step in tl.range(0, steps, num_stages=STAGES):
-        n = (chunk * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
-        a = tile_of(x, head, heads, n, i, CX)
-        b = tile_of(y, head, heads, n, j, CY)
-        sums += tiles.dot(tl.trans(a), b, PRECISION)
-        if squares is not None:
-            wide = tiles.widen(a)
-            square += tl.sum(wide * wide, 0)
-    row = (head * chunks + chunk) * CX + i
-    tiles.store(out + row[:, None] * CY + j[None, :], sums, (i < CX)[:, None] & (j < CY)[None, :])
-    if squares is not None:  # noqa: SIM102  (known when the kernel is compiled)
-        if block % columns == 0:
-            tiles.store(squares + row, square, i < CX)
-
-
 @triton.jit(do_not_specialize=["heads", "chunks"])
 def _grams(
     x,
     y,
     value,  # None: y
     target,  # None: x
-    xy,  # (heads, chunks, CX, CY) float32
-    values,  # (heads, chunks, CY, CY), or None where only xy is wanted
-    cross,  # (heads, chunks, CX, CY), or None where the target is x and the value is y, and so it is xy
-    squares,  # (heads, chunks, CX) of the target, or None
+    sums,  # (heads, chunks, width) float32; the width holds the Grams behind each other, in the order of `Grams`
+    width,
     heads,  # of a sample
     chunks,
     CX,
     CY,
+    DISTANCE: tl.constexpr,  # whether more than x y^T is wanted
+    WHOLE: tl.constexpr,  # whether a block holds all channels
     BLOCK: tl.constexpr,
     POSITIONS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: a block of x y^T, of value value^T or of target value^T, over a chunk of the positions.
+    """One program: a block of x y^T and, of distances, of value value^T and target value^T, over a chunk of the positions.
 
-    Blocks vary fastest: programs that run together read the same positions, from memory once.
+    A tile is loaded once for all of them. Blocks vary fastest: programs that run together read the same positions, from memory once.
     """
     program = tl.program_id(0).to(tl.int64)
-    rows, columns = tl.cdiv(CX, BLOCK), tl.cdiv(CY, BLOCK)
-    blocks = rows * columns
-    of_xy = blocks
-    if values is not None:
-        blocks += columns * columns
-    of_xy_and_values = blocks
-    if cross is not None:
-        blocks += rows * columns
-    block = program % blocks
-    chunk = program // blocks % chunks
-    head = program // (blocks * chunks)
-    if block < of_xy:
-        _gram_block(
-            x,
-            y,
-            xy,
-            squares if cross is None else None,
-            block,
-            chunk,
-            head,
-            heads,
-            chunks,
-            CX,
-            CY,
-            BLOCK,
-            POSITIONS,
-            STAGES,
-            PRECISION,
-        )
-    if values is not None:
+    columns = tl.cdiv(tl.maximum(CX, CY), BLOCK)
+    i = program // columns % columns * BLOCK + tl.arange(0, BLOCK)
+    j = program % columns * BLOCK + tl.arange(0, BLOCK)
+    part = program // (columns * columns)
+    head, chunk = part // chunks, part % chunks
+    steps = tl.cdiv(tl.cdiv(x.positions, POSITIONS), chunks)
+    if DISTANCE:
         v = y if value is None else value
-        if (block >= of_xy) & (block < of_xy_and_values):
-            _gram_block(
-                v,
-                v,
-                values,
-                None,
-                block - of_xy,
-                chunk,
-                head,
-                heads,
-                chunks,
-                CY,
-                CY,
-                BLOCK,
-                POSITIONS,
-                STAGES,
-                PRECISION,
-            )
-        if cross is not None:
-            t = x if target is None else target
-            if block >= of_xy_and_values:
-                _gram_block(
-                    t,
-                    v,
-                    cross,
-                    squares,
-                    block - of_xy_and_values,
-                    chunk,
-                    head,
-                    heads,
-                    chunks,
-                    CX,
-                    CY,
-                    BLOCK,
-                    POSITIONS,
-                    STAGES,
-                    PRECISION,
-                )
+        t = x if target is None else target
+        steps = tl.maximum(steps, tl.cdiv(tl.cdiv(v.positions, POSITIONS), chunks))
+    xy = tl.zeros((BLOCK, BLOCK), tl.float32)
+    values = tl.zeros((BLOCK, BLOCK), tl.float32)
+    cross = tl.zeros((BLOCK, BLOCK), tl.float32)
+    squares = tl.zeros((POSITIONS, BLOCK), tl.float32)  # summed over positions at the end: threads would meet for it
+    for step in tl.range(0, steps, num_stages=STAGES):
+        n = (chunk * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
+        a = tile_of(x, head, heads, n, i, CX)
+        b = tile_of(y, head, heads, n, j, CY)
+        xy += tiles.dot(tl.trans(a), b, PRECISION)
+        if DISTANCE:
+            if target is not None:
+                a = tile_of(t, head, heads, n, i, CX)
+            if value is not None:
+                b = tile_of(v, head, heads, n, j, CY)
+            c = b if WHOLE else tile_of(v, head, heads, n, i, CY)
+            values += tiles.dot(tl.trans(c), b, PRECISION)
+            if value is not None or target is not None:
+                cross += tiles.dot(tl.trans(a), b, PRECISION)
+            wide = tiles.widen(a)
+            squares += wide * wide
+    at = sums + part * width
+    of_xy = (i < CX)[:, None] & (j < CY)[None, :]
+    tiles.store(at + i[:, None] * CY + j[None, :], xy, of_xy)
+    if DISTANCE:
+        at += CX * CY
+        tiles.store(at + i[:, None] * CY + j[None, :], values, (i < CY)[:, None] & (j < CY)[None, :])
+        at += CY * CY
+        tiles.store(at + i, tl.sum(squares, 0), i < CX)  # by every block of columns, the same
+        if value is not None or target is not None:
+            tiles.store(at + CX + i[:, None] * CY + j[None, :], cross, of_xy)
 
 
 # --- matrices times maps ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
+def _matrix_tile(matrix, head, k, i, R, DTYPE: tl.constexpr):
+    """Columns k and rows i (of R) of one head's matrix, in the dtype of the maps. It is Features too: rows are its channels."""
+    return tiles.narrow(tiles.widen(tile_of(matrix, head, 1, k, i, R)), DTYPE)
+
+
+@triton.jit
 def _add_product(
-    sums, matrix, x, head, heads, n, i, R, DEPTH: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr
+    sums, matrix, held, x, head, heads, n, i, R, WHOLE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """sums (n, i) + rows i (of R) of the matrix times positions n of x. The matrix is Features too: rows are its channels."""
-    for first in tl.range(0, matrix.positions, DEPTH, num_stages=STAGES):
-        k = first + tl.arange(0, DEPTH)
-        a = tile_of(x, head, heads, n, k, matrix.positions)
-        b = tile_of(matrix, head, 1, k, i, R)
-        sums += tiles.dot(a, b, PRECISION)
+    """sums (n, i) + rows i (of R) of the matrix times positions n of x; `held` is the tile of the matrix that holds them, if WHOLE."""
+    if matrix is not None:
+        if WHOLE:
+            a = tile_of(x, head, heads, n, tl.arange(0, DEPTH), matrix.positions)
+            sums += tiles.dot(a, held, PRECISION)
+        else:
+            for first in tl.range(0, matrix.positions, DEPTH, num_stages=STAGES):
+                k = first + tl.arange(0, DEPTH)
+                a = tile_of(x, head, heads, n, k, matrix.positions)
+                b = tl.load(tiles._pointers(matrix, head, k, i), mask=(i < R)[None, :], other=0.0)  # padded along k
+                sums += tiles.dot(a, b, PRECISION)
     return sums
 
 
-@triton.jit(do_not_specialize=["heads"])
+@triton.jit(do_not_specialize=["gain", "heads", "chunks"])
 def _mix(
     out,
     first_matrix,
@@ -176,37 +131,52 @@ def _mix(
     third_map,
     minus,  # a map, or None
     factor,  # (B,) float32, or None
+    gain,
     direct,  # (B,) int32: the samples to leave out, or None
     heads,
+    chunks,
     R,
+    WHOLE: tl.constexpr,  # whether DEPTH holds all columns of the matrices
     BLOCK: tl.constexpr,
     POSITIONS: tl.constexpr,
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = factor * (the sum of matrix times map - minus); one program: a block of channels of one head at some positions."""
-    program = tl.program_id(0).to(
-        tl.int64
-    )  # blocks of channels vary fastest: programs that run together read the same positions
-    blocks, strips = tl.cdiv(R, BLOCK), tl.cdiv(out.positions, POSITIONS)
+    """out = gain * factor * (the sum of matrix times map - minus).
+
+    One program: a block of channels of one head at a chunk of the positions, its matrices held on chip all the while.
+    """
+    # Blocks of channels vary fastest: programs that run together read the same positions.
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(R, BLOCK)
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    n = program // blocks % strips * POSITIONS + tl.arange(0, POSITIONS)
-    head = program // (blocks * strips)
+    chunk = program // blocks % chunks
+    head = program // (blocks * chunks)
     if direct is not None:  # noqa: SIM102  (known when the kernel is compiled)
         if tl.load(direct + head // heads) != 0:
             return
-    sums = tl.zeros((POSITIONS, BLOCK), tl.float32)
-    sums = _add_product(sums, first_matrix, first_map, head, heads, n, i, R, DEPTH, STAGES, PRECISION)
-    if second_matrix is not None:
-        sums = _add_product(sums, second_matrix, second_map, head, heads, n, i, R, DEPTH, STAGES, PRECISION)
-    if third_matrix is not None:
-        sums = _add_product(sums, third_matrix, third_map, head, heads, n, i, R, DEPTH, STAGES, PRECISION)
-    if minus is not None:
-        sums -= tiles.widen(tile_of(minus, head, heads, n, i, R))
     if factor is not None:
-        sums *= tl.load(factor + head // heads)
-    store_tile(out, sums, head, heads, n, i, R)
+        gain *= tl.load(factor + head // heads)
+    one, two, three = None, None, None
+    if WHOLE:
+        k = tl.arange(0, DEPTH)
+        DTYPE: tl.constexpr = first_map.data.dtype.element_ty
+        one = _matrix_tile(first_matrix, head, k, i, R, DTYPE)
+        if second_matrix is not None:
+            two = _matrix_tile(second_matrix, head, k, i, R, DTYPE)
+        if third_matrix is not None:
+            three = _matrix_tile(third_matrix, head, k, i, R, DTYPE)
+    steps = tl.cdiv(tl.cdiv(out.positions, POSITIONS), chunks)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        n = (chunk * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
+        sums = tl.zeros((POSITIONS, BLOCK), tl.float32)
+        sums = _add_product(sums, first_matrix, one, first_map, head, heads, n, i, R, WHOLE, DEPTH, STAGES, PRECISION)
+        sums = _add_product(sums, second_matrix, two, second_map, head, heads, n, i, R, WHOLE, DEPTH, STAGES, PRECISION)
+        sums = _add_product(sums, third_matrix, three, third_map, head, heads, n, i, R, WHOLE, DEPTH, STAGES, PRECISION)
+        if minus is not None:
+            sums -= tiles.widen(tile_of(minus, head, heads, n, i, R))
+        store_tile(out, sums * gain, head, heads, n, i, R)
 
 
 @triton.jit
@@ -222,19 +192,36 @@ class Tile(NamedTuple):
     """How much of a product one program does: `block` channels of the result (in Grams of both maps), in steps of `depth`."""
 
     block: int
-    positions: int  # of a result that has positions
-    depth: int
+    positions: int
+    depth: int  # channels of a map that is multiplied with a matrix
     warps: int
     stages: int
 
 
-def tile_for(channels: int, dtype: torch.dtype) -> Tile:
+RESIDENT = 2  # programs for each multiprocessor are launched at most: all start at once
+
+
+def gram_tile(channels: int, dtype: torch.dtype, grams: int) -> Tile:
     """Small enough that no register spills; of two sizes that one which leaves less of its last block empty."""
-    largest = min(64 if dtype == torch.float32 else 128, max(16, triton.next_power_of_2(channels)))
+    largest = 64 if dtype == torch.float32 or grams > 1 else 128
+    largest = min(largest, max(16, triton.next_power_of_2(channels)))
     block = min((largest, max(16, largest // 2)), key=lambda size: (triton.cdiv(channels, size) * size, -size))
     if dtype == torch.float32:
-        return Tile(block, 64, 32, 8 if block == 64 else 4, 2)
-    return Tile(block, 128 if block == 128 else 64, 64, 8 if block == 128 else 4, 3)
+        return Tile(block, 32, 32, 8 if block == 64 else 4, 2)
+    # On sm_100 ptxas spills registers of four warps, to fit more programs.
+    wide = block == 128 or (block == 64 and tiles.architecture() == "cuda:100")
+    return Tile(block, 64, 64, 8 if wide else 4, 4)
+
+
+def mix_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
+    """As above; of bfloat16 all columns of the matrix are held where they are few."""
+    tile = gram_tile(rows, dtype, 1)
+    if dtype == torch.float32:
+        return tile._replace(positions=64)
+    depth = max(16, triton.next_power_of_2(columns))
+    if depth > 128:
+        return tile._replace(positions=128 if tile.block == 128 else 64, stages=3)
+    return tile._replace(depth=depth, positions=64, stages=3)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -245,62 +232,52 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 class Grams(NamedTuple):
-    """Sums over positions, a chunk at a time, float32."""
+    """Where each Gram begins in `sums`: x y^T at 0, and for distances those below."""
 
-    xy: Tensor  # (B * heads, chunks, Cx / heads, Cy / heads)
-    values: (
-        Tensor  # value value^T, (B * heads, chunks, Cy / heads, Cy / heads); this and the others (0,) without a target
-    )
-    cross: Tensor  # target value^T, as xy; xy itself where the target is x and the value is y
-    squares: Tensor  # of the target's channels, (B * heads, chunks, Cx / heads)
+    sums: Tensor  # (B * heads, chunks, width) float32, sums over a chunk of the positions each
+    values: int  # value value^T, (Cy, Cy)
+    squares: int  # of the target's channels, (Cx)
+    cross: int  # target value^T, (Cx, Cy); 0 where the target is x and the value is y
 
 
 def launch_grams(x: Tensor, y: Tensor, heads: int, value: Tensor | None = None, target: Tensor | None = None) -> Grams:
     """x y^T; where a target is given also value value^T, target value^T and the target's squares (value None: y)."""
     total, cx, cy = x.shape[0] * heads, x.shape[1] // heads, y.shape[1] // heads
-    tile = tile_for(max(cx, cy), x.dtype)
-    if tiles.architecture() == "cuda:100" and tile.block == 64:
-        # There ptxas spills registers of four warps, to fit more programs.
-        tile = tile._replace(warps=8)
+    distance = target is not None
     alike = target is not None and value is None and same(target, x)
-    rows, columns = triton.cdiv(cx, tile.block), triton.cdiv(cy, tile.block)
-    blocks = rows * columns + (0 if target is None else columns * columns + (0 if alike else rows * columns))
-    maps = [features(t) for t in (x, y, value, target) if t is not None]
-    chunks = tiles.chunks(max(m.positions for m in maps), total * blocks, x.device)
-
-    def empty(wanted: bool, *shape: int) -> Tensor:
-        return x.new_empty((total, chunks, *shape) if wanted else (0,), dtype=torch.float32)
-
-    asked = target is not None
-    xy = empty(True, cx, cy)
-    cross = xy if alike else empty(asked, cx, cy)
-    grams = Grams(xy, empty(asked, cy, cy), cross, empty(asked, cx))
+    most = max(cx, cy)
+    tile = gram_tile(most, x.dtype, 1 if not distance else 2 if alike else 3)
+    blocks = triton.cdiv(most, tile.block) ** 2
+    maps = [None if t is None else features(t) for t in (x, y, value, None if alike else target)]
+    chunks = tiles.chunks(max(m.positions for m in maps if m is not None), total * blocks, x.device, RESIDENT)
+    values, squares, end = cx * cy, cx * cy + cy * cy, cx * cy + cy * cy + cx
+    width = cx * cy if not distance else end if alike else end + cx * cy
+    sums = x.new_empty((total, chunks, width), dtype=torch.float32)
     _grams[(total * chunks * blocks,)](
-        features(x),
-        features(y),
-        None if value is None else features(value),
-        None if target is None or alike else features(target),
-        grams.xy,
-        grams.values if asked else None,
-        grams.cross if asked and not alike else None,
-        grams.squares if asked else None,
+        *maps,
+        sums,
+        width,
         heads,
         chunks,
         cx,
         cy,
+        distance,
+        blocks == 1,
         tile.block,
-        tile.depth,
+        tile.positions,
         tile.stages,
         tiles.precision(),
         num_warps=tile.warps,
         **tiles.OPTIONS,
     )
-    return grams
+    return Grams(sums, values, squares, 0 if alike else end)
 
 
-def matrix_features(matrix: Tensor, dtype: torch.dtype) -> Features:
-    """(B, heads, R, K) as a map: rows are its channels and columns its positions."""
-    return features(matrix.flatten(0, 1).to(dtype))
+def _padded(matrix: Tensor, dtype: torch.dtype, depth: int) -> Tensor:
+    """A copy with zeros behind each row up to a multiple of `depth`: kernels need no mask, with which they load 180 numbers singly."""
+    total, rows, columns = matrix.shape
+    padded = matrix.new_zeros((total, rows, triton.cdiv(columns, depth) * depth), dtype=dtype)
+    return padded[..., :columns].copy_(matrix)
 
 
 def launch_mix(
@@ -308,31 +285,40 @@ def launch_mix(
     terms: Sequence[tuple[Tensor, Tensor]],  # matrix (B, heads, R, K), map (B, heads * K, N)
     minus: Tensor | None = None,
     factor: Tensor | None = None,
+    gain: float = 1.0,
     direct: Tensor | None = None,
-    exact: bool = False,
 ) -> None:
-    """out (B, heads * R, N) = factor * (sum of matrix times map - minus)."""
+    """out (B, heads * R, N) = gain * factor * (sum of matrix times map - minus)."""
     batch, heads, r, _ = terms[0][0].shape
     dtype = terms[0][1].dtype
-    tile = tile_for(r, dtype)
-    pairs = [t for matrix, x in terms for t in (matrix_features(matrix, dtype), features(x))]
-    absent = [None] * (6 - len(pairs))
+    columns = max(matrix.shape[3] for matrix, _ in terms)
+    tile = mix_tile(r, columns, dtype)
+    whole = columns <= tile.depth
+    pairs = [
+        features(t)
+        for m, x in terms
+        for t in (m.flatten(0, 1) if whole else _padded(m.flatten(0, 1), dtype, tile.depth), x)
+    ]
     to = features(out)
-    grid = (batch * heads * triton.cdiv(r, tile.block) * triton.cdiv(to.positions, tile.positions),)
-    _mix[grid](
+    strips, blocks = triton.cdiv(to.positions, tile.positions), batch * heads * triton.cdiv(r, tile.block)
+    chunks = min(strips, max(1, tiles.multiprocessors(out.device) * RESIDENT // blocks)) if whole else strips
+    _mix[(blocks * chunks,)](
         to,
         *pairs,
-        *absent,
+        *[None] * (6 - len(pairs)),
         None if minus is None else features(minus),
         factor,
+        gain,
         direct,
         heads,
+        chunks,
         r,
+        whole,
         tile.block,
         tile.positions,
         tile.depth,
         tile.stages,
-        "ieee" if exact else tiles.precision(),
-        num_warps=8 if exact else tile.warps,
+        tiles.precision(),
+        num_warps=tile.warps,
         **tiles.OPTIONS,
     )

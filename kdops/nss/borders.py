@@ -28,7 +28,9 @@ def halved(image: Tensor) -> Tensor:
         first, *others = mirrored(image, axis, 3, 4).unfold(axis, 8, 2).unbind(dim=-1)
         image = weights[0] * first
         for weight, tap in zip(weights[1:], others, strict=True):
-            image = torch.add(image, tap, alpha=weight)  # a tensor of weights would be copied from the host, which waits
+            image = torch.add(
+                image, tap, alpha=weight
+            )  # a tensor of weights would be copied from the host, which waits
     return image
 
 
