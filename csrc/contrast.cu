@@ -1,7 +1,7 @@
 // Contrastive distances on CUDA: each value is converted once for all pairs that it is in, partial sums are added in a
 // fixed order, no atomics.
 //
-// Forward: the warps are independent. Each has the pairs of 8 x 8 rows in registers and walks down a chunk of the
+// Forward: the warps are independent. Each has the pairs of 8 x 8 rows (of few rows, of one) in registers and walks down a chunk of the
 // features; its sums are added by shuffles, those of the chunks by a second kernel. The warps of a block read the same
 // features at about the same time and find each other's rows in the L1 cache. Backward: a thread holds up to 16 rows of
 // one input at a few neighbouring features and walks over all rows of the other, of which it can write the gradient too.
@@ -34,14 +34,23 @@ struct alignas(sizeof(scalar_t) * Count) Values {
   }
 };
 
+template <int Bytes>
+using Word = std::conditional_t<Bytes == 2, unsigned short, std::conditional_t<Bytes == 4, unsigned, uint2>>;
+
 // Through the read-only path: no kernel here writes what it reads.
 template <int Count, typename scalar_t>
 __device__ Values<scalar_t, Count> read(const scalar_t* from) {
-  constexpr int bytes = sizeof(scalar_t) * Count;
-  using Word = std::conditional_t<bytes == 2, unsigned short, std::conditional_t<bytes == 4, unsigned, uint2>>;
-  static_assert(sizeof(Word) == bytes);
-  const Word word = __ldg(reinterpret_cast<const Word*>(from));
+  const auto word = __ldg(reinterpret_cast<const Word<sizeof(scalar_t) * Count>*>(from));
   return *reinterpret_cast<const Values<scalar_t, Count>*>(&word);
+}
+
+template <typename scalar_t, int Count>
+__device__ void write(scalar_t* to, const float (&values)[Count]) {
+  Values<scalar_t, Count> narrow;
+#pragma unroll
+  for (int n = 0; n < Count; ++n) narrow.at[n] = static_cast<scalar_t>(values[n]);
+  using Whole = Word<sizeof(narrow)>;
+  *reinterpret_cast<Whole*>(to) = *reinterpret_cast<const Whole*>(&narrow);
 }
 
 // Square tiles that cover all pairs of rows, `along` of them in a row; of symmetric distances each pair of tiles once: on
@@ -87,52 +96,52 @@ __device__ int add_over_warp(float (&values)[N]) {
   return first;
 }
 
-// partial[batch][chunk][i][k]: distance of x_i and y_k over the features of the chunk. A warp computes RX x kRows of
-// them; of symmetric ones it writes both places.
-template <typename scalar_t, int P, int RX, int Count>
+// partial[batch][chunk][i][k]: distance of x_i and y_k over the features of the chunk. A warp computes RX x RY of them;
+// of symmetric ones it writes both places.
+template <typename scalar_t, int P, int RX, int RY, int Count>
 __global__ void __launch_bounds__(32 * kWarps)
     partial_distances(const scalar_t* x, Rows rows_of_x, const scalar_t* y, Rows rows_of_y, Problem problem,
                       int64_t chunk, int64_t chunks, Tiles tiles, float* partial) {
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int64_t tile = warp % tiles.count(), part = warp / tiles.count();  // of batch * chunks + chunk
   if (part >= problem.batches * chunks) return;
-  const int64_t first_x = tiles.x(tile) * RX, first_y = tiles.y(tile) * kRows;
+  const int64_t own_x = tiles.x(tile) * RX, own_y = tiles.y(tile) * RY;
+  // A last tile that is not full begins earlier, so that rows are a fixed step apart; what others write it leaves out.
+  const int64_t first_x = min(own_x, problem.rows_x - RX), first_y = min(own_y, problem.rows_y - RY);
   const int lane = threadIdx.x % 32;
   const int64_t begin = part % chunks * chunk + lane * Count, end = min(part % chunks * chunk + chunk, problem.features);
-  const scalar_t *from_x[RX], *from_y[kRows];  // rows past the end repeat the last one; their sums are not written
-#pragma unroll
-  for (int i = 0; i < RX; ++i)
-    from_x[i] = x + part / chunks * rows_of_x.batch_stride + min(first_x + i, problem.rows_x - 1) * rows_of_x.row_stride;
-#pragma unroll
-  for (int k = 0; k < kRows; ++k)
-    from_y[k] = y + part / chunks * rows_of_y.batch_stride + min(first_y + k, problem.rows_y - 1) * rows_of_y.row_stride;
+  x += part / chunks * rows_of_x.batch_stride + first_x * rows_of_x.row_stride;
+  y += part / chunks * rows_of_y.batch_stride + first_y * rows_of_y.row_stride;
 
-  float sums[RX * kRows] = {};
+  float sums[RX * RY] = {};
   for (int64_t t = begin; t < end; t += 32 * Count) {
-    Values<scalar_t, Count> a[RX], b[kRows];
+    const scalar_t *from_x = x + t, *from_y = y + t;
+    int64_t step_x = rows_of_x.row_stride, step_y = rows_of_y.row_stride;
+    asm volatile("" : "+l"(step_x), "+l"(step_y));  // a pointer for every row, kept from step to step, fills the registers
+    Values<scalar_t, Count> a[RX], b[RY];
 #pragma unroll
-    for (int i = 0; i < RX; ++i) a[i] = read<Count>(from_x[i] + t);
+    for (int i = 0; i < RX; ++i, from_x += step_x) a[i] = read<Count>(from_x);
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) b[k] = read<Count>(from_y[k] + t);
+    for (int k = 0; k < RY; ++k, from_y += step_y) b[k] = read<Count>(from_y);
 #pragma unroll
     for (int n = 0; n < Count; ++n) {
 #pragma unroll
       for (int i = 0; i < RX; ++i) {
 #pragma unroll
-        for (int k = 0; k < kRows; ++k) {
+        for (int k = 0; k < RY; ++k) {
           const float difference = a[i][n] - b[k][n];
-          sums[i * kRows + k] += P == 1 ? fabsf(difference) : difference * difference;
+          sums[i * RY + k] += P == 1 ? fabsf(difference) : difference * difference;
         }
       }
     }
   }
 
-  constexpr int mine = (RX * kRows + 31) / 32;
-  const int first = add_over_warp<RX * kRows>(sums);
+  constexpr int mine = (RX * RY + 31) / 32;
+  const int first = add_over_warp<RX * RY>(sums);
 #pragma unroll
   for (int n = first; n < first + mine; ++n) {
-    const int64_t i = first_x + n / kRows, k = first_y + n % kRows;
-    if (i >= problem.rows_x || k >= problem.rows_y) continue;
+    const int64_t i = first_x + n / RY, k = first_y + n % RY;
+    if (i < own_x || i >= problem.rows_x || k < own_y || k >= problem.rows_y) continue;
     partial[part * problem.pairs() + i * problem.rows_y + k] = sums[n - first];
     if (problem.symmetric) partial[part * problem.pairs() + k * problem.rows_y + i] = sums[n - first];
   }
@@ -221,12 +230,9 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
         if (Both && inside) {
-          Values<scalar_t, Count> result;
-#pragma unroll
-          for (int n = 0; n < Count; ++n) result.at[n] = static_cast<scalar_t>(total[n]);
-          scalar_t* to = streamed.side.gradient + batch * streamed.side.gradient_rows.batch_stride +
-                         (begin + block + j) * streamed.side.gradient_rows.row_stride + column;
-          *reinterpret_cast<Values<scalar_t, Count>*>(to) = result;
+          write(streamed.side.gradient + batch * streamed.side.gradient_rows.batch_stride +
+                    (begin + block + j) * streamed.side.gradient_rows.row_stride + column,
+                total);
         }
       }
     }
@@ -235,12 +241,9 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     if (i >= rows) break;
-    Values<scalar_t, Count> result;
-#pragma unroll
-    for (int n = 0; n < Count; ++n) result.at[n] = static_cast<scalar_t>(sum[i][n]);
-    scalar_t* to = held.side.gradient + batch * held.side.gradient_rows.batch_stride +
-                   (first + i) * held.side.gradient_rows.row_stride + column;
-    *reinterpret_cast<Values<scalar_t, Count>*>(to) = result;
+    write(held.side.gradient + batch * held.side.gradient_rows.batch_stride +
+              (first + i) * held.side.gradient_rows.row_stride + column,
+          sum[i]);
   }
 }
 
@@ -260,12 +263,17 @@ void with_count(bool possible, const Run& run) {
   run(std::integral_constant<int, 1>{});
 }
 
+// Rows of an input in a forward tile: few are read one by one.
+int64_t tile_rows(int64_t rows) {
+  return rows < kRows ? 1 : kRows;
+}
+
 template <typename scalar_t, int P>
 void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows rows_of_y, const Problem& problem,
                       Tensor& result) {
-  constexpr int vector = 2;
-  const bool single = problem.rows_x == 1;
-  const Tiles tiles{divide_up(problem.rows_x, single ? 1 : kRows), divide_up(problem.rows_y, kRows), problem.symmetric};
+  constexpr int vector = 8 / sizeof(scalar_t);
+  const int64_t in_x = tile_rows(problem.rows_x), in_y = tile_rows(problem.rows_y);
+  const Tiles tiles{divide_up(problem.rows_x, in_x), divide_up(problem.rows_y, in_y), problem.symmetric};
   // As many chunks as fill the device a whole number of times, so that no multiprocessor waits for the last ones.
   const int64_t fill = divide_up(multiprocessors(x) * kWarps, std::max(problem.batches * tiles.count(), int64_t{1}));
   const int64_t times = divide_up(problem.features, fill * kLongest * 32);
@@ -277,7 +285,10 @@ void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows row
   const auto *from_x = const_data<scalar_t>(x), *from_y = const_data<scalar_t>(y);
   with_count<vector>(
       aligned<vector>(from_x, rows_of_x, problem) && aligned<vector>(from_y, rows_of_y, problem), [&](auto vectors) {
-        const auto kernel = single ? partial_distances<scalar_t, P, 1, vectors> : partial_distances<scalar_t, P, kRows, vectors>;
+        const auto kernel = in_x == 1 ? in_y == 1 ? partial_distances<scalar_t, P, 1, 1, vectors>
+                                                  : partial_distances<scalar_t, P, 1, kRows, vectors>
+                            : in_y == 1 ? partial_distances<scalar_t, P, kRows, 1, vectors>
+                                        : partial_distances<scalar_t, P, kRows, kRows, vectors>;
         launch(stream, divide_up(problem.batches * chunks * tiles.count(), kWarps), 32 * kWarps, 0, kernel, from_x,
                rows_of_x, from_y, rows_of_y, problem, chunk, chunks, tiles, data<float>(partial));
       });

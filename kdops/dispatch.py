@@ -22,8 +22,9 @@ from torch import Tensor
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 # The order in which `auto` tries them. Triton on a CPU is its interpreter, made for tests: it runs only when asked for by name.
-# On CUDA, Triton stays first until a recorded benchmark row shows CUDA C++ ahead.
+# On CUDA, Triton stays first until a recorded benchmark row shows CUDA C++ ahead: such an op says CUDA_FIRST.
 PREFERENCE = {"cpu": ("cpu", "reference", "triton"), "cuda": ("triton", "cuda", "reference")}
+CUDA_FIRST = PREFERENCE | {"cuda": ("cuda", "triton", "reference")}
 ELSEWHERE = ("reference",)
 
 REDUCED = (torch.float16, torch.bfloat16)
@@ -79,7 +80,8 @@ class OpSpec:
     `no_double_backward` says why kernels do not offer it (None: they do), `no_gradient` why the results have no gradient at all.
     `autocast` is the dtype that the function runs in under torch.autocast: "float32" for distances (checks.for_distance), "autocast"
     for attention (checks.for_attention).
-    A backend that nobody has written for this op is simply not among `backends`.
+    A backend that nobody has written for this op is simply not among `backends`. `preference` is the order in which `auto` tries them
+    on each kind of device: PREFERENCE or CUDA_FIRST.
     """
 
     name: str
@@ -93,6 +95,7 @@ class OpSpec:
     no_double_backward: str | None = None
     no_gradient: str | None = None
     autocast: Literal["float32", "autocast"] = "float32"
+    preference: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: PREFERENCE)
 
     def has(self, name: str) -> bool:
         """Whether there is a backend of this name."""
@@ -181,7 +184,7 @@ def choose(name: str, tensors: Sequence[Tensor], requested: str = "auto") -> Bac
                 "Pass backend='auto' to let kdops choose."
             )
         return chosen
-    for candidate in PREFERENCE.get(tensors[0].device.type, ELSEWHERE):
+    for candidate in spec.preference.get(tensors[0].device.type, ELSEWHERE):
         if spec.has(candidate) and (chosen := spec.backend(candidate)).supports(tensors) is None:
             return chosen
     raise RuntimeError(f"{name}: no backend can run on {tensors[0].device} with {tensors[0].dtype}.")

@@ -9,6 +9,7 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kdops
 from kdops.dispatch import BACKENDS, SPECS
@@ -69,6 +70,16 @@ def test_environment_sets_the_default() -> None:
     refused = python("import kdops", KDOPS_BACKEND="fast")
     assert refused.returncode != 0
     assert "KDOPS_BACKEND is 'fast'" in refused.stderr
+
+
+def test_cuda_goes_before_triton_where_an_op_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kdops.dispatch, "MISSING_CUDA", None)
+    monkeypatch.setattr(kdops.dispatch, "HAVE_TRITON", True)
+    with FakeTensorMode():
+        image, row = torch.empty(1, 1, 8, 8, device="cuda"), torch.empty(1, 8, device="cuda")
+        assert kdops.dispatch.choose("mscn", [image]).name == "cuda"
+        assert kdops.dispatch.choose("gaussian_distance", [row, row]).name == "triton"
+        assert kdops.dispatch.choose("mscn", [image.double()]).name == "reference"
 
 
 def test_info_names_every_backend() -> None:

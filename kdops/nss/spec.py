@@ -160,5 +160,6 @@ def register(function: Callable[..., Any]) -> None:
             raw_ops=(NAME, f"{NAME}_backward"),
             no_double_backward=NO_DOUBLE_BACKWARD,
             no_gradient=NO_GRADIENT.get(name),
+            preference=dispatch.CUDA_FIRST,
         )
     )
