@@ -71,6 +71,7 @@ def _tile_gradients(
     slices,
     P: tl.constexpr,
     NETWORK: tl.constexpr,
+    C: tl.constexpr,  # channels of the network, padded
     PARTS: tl.constexpr,
     SIDE: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -85,7 +86,6 @@ def _tile_gradients(
     first = program // strips % slices * (PARTS[0] + PARTS[1])
     batch = program // (strips * slices)
     i = program % strips * SIDE + tl.arange(0, SIDE)
-    channels = packed.teacher if NETWORK == 0 else packed.channels - packed.teacher
     factors = packed.factors + (batch * 2 + NETWORK) * packed.positions
     total = tiles.zero_features(SIDE, PARTS)
     for begin in range(0, packed.positions, SIDE):
@@ -95,14 +95,14 @@ def _tile_gradients(
         # For p=1 the sign: 0 at a tie and, as in torch, where D is not a number.
         slope = (difference > 0).to(tl.float32) - (difference < 0).to(tl.float32) if P == 1 else difference
         weights = slope * tl.load(factors + j).to(tl.float32)[None, :]
-        column = tiles.load_features(values, batch, j, None, first, channels, PARTS)
+        column = tiles.load_features(values, batch, j, None, first, C, PARTS)
         total = tiles.add_product(total, weights, column, PARTS, PRECISION)
-    out = sums + (batch * packed.positions + i)[:, None] * channels
+    out = sums + (batch * packed.positions + i)[:, None] * C
     c = first + tl.arange(0, PARTS[0])[None, :]
-    tiles.store(out + c, total[0], c < channels)
+    tiles.store(out + c, total[0], c < C)
     if PARTS[1] > 0:
         c = first + PARTS[0] + tl.arange(0, PARTS[1])[None, :]
-        tiles.store(out + c, total[1], c < channels)
+        tiles.store(out + c, total[1], c < C)
 
 
 class Tile(NamedTuple):
@@ -134,6 +134,7 @@ def _launch_tile_gradients(packed: Packed, p: int, network: int) -> Tensor:
         slices,
         p,
         network,
+        channels,
         tiles.parts(triton.cdiv(channels, slices)),
         tile.side,
         tile.depth,
