@@ -236,7 +236,7 @@ def _residual_sums(
     tiles.store(at + R * C + i, square, i < R)  # by every block of columns, the same
 
 
-@triton.jit(do_not_specialize=["gain", "heads", "R", "C"])
+@triton.jit(do_not_specialize=["gain", "heads", "workers", "R", "C"])
 def _residual_mix(
     out,
     matrix,  # of a first term, or None
@@ -248,6 +248,7 @@ def _residual_mix(
     factor,  # (B,) float32
     gain,
     heads,
+    workers,
     R,
     C,
     BLOCK: tl.constexpr,
@@ -256,28 +257,29 @@ def _residual_mix(
 ):
     """out = gain * factor * (attention^T @ residual + matrix @ first_map).
 
-    One program: a block of channels of the value at some positions.
+    The `workers` programs of a head share its blocks of channels and positions: few, as nearly always they return at once.
     """
     program = tl.program_id(0).to(tl.int64)
     blocks, strips = tl.cdiv(C, BLOCK), tl.cdiv(out.positions, POSITIONS)
-    head = program // (blocks * strips)
+    head = program // workers
     if tl.load(direct + head // heads) == 0:
         return
-    j = program % blocks * BLOCK + tl.arange(0, BLOCK)
-    n = program // blocks % strips * POSITIONS + tl.arange(0, POSITIONS)
-    sums = tl.zeros((POSITIONS, BLOCK), tl.float32)
-    if matrix is not None:
-        for first in range(0, matrix.positions, POSITIONS):
-            k = first + tl.arange(0, POSITIONS)
-            x = tiles.widen(tile_of(first_map, head, heads, n, k, matrix.positions))
-            sums += tiles.dot(x, tile_of(matrix, head, 1, k, j, C), PRECISION)
-    for first in range(0, R, POSITIONS):
-        i = first + tl.arange(0, POSITIONS)
-        residual = _residual(attention, value, target, head, heads, n, i, R, POSITIONS, PRECISION)
-        weights = tl.trans(tile_of(attention, head, 1, j, i, R))
-        sums += tiles.dot(residual, weights, PRECISION)
-    sums *= gain * tl.load(factor + head // heads)
-    store_tile(out, sums, head, heads, n, j, C)
+    for item in range(program % workers, blocks * strips, workers):
+        j = item % blocks * BLOCK + tl.arange(0, BLOCK)
+        n = item // blocks * POSITIONS + tl.arange(0, POSITIONS)
+        sums = tl.zeros((POSITIONS, BLOCK), tl.float32)
+        if matrix is not None:
+            for first in range(0, matrix.positions, POSITIONS):
+                k = first + tl.arange(0, POSITIONS)
+                x = tiles.widen(tile_of(first_map, head, heads, n, k, matrix.positions))
+                sums += tiles.dot(x, tile_of(matrix, head, 1, k, j, C), PRECISION)
+        for first in range(0, R, POSITIONS):
+            i = first + tl.arange(0, POSITIONS)
+            residual = _residual(attention, value, target, head, heads, n, i, R, POSITIONS, PRECISION)
+            weights = tl.trans(tile_of(attention, head, 1, j, i, R))
+            sums += tiles.dot(residual, weights, PRECISION)
+        sums *= gain * tl.load(factor + head // heads)
+        store_tile(out, sums, head, heads, n, j, C)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------------------
@@ -373,7 +375,9 @@ def _launch_residual_mix(
 ) -> None:
     batch, heads, r, c = attention.shape
     to = features(out)
-    _residual_mix[(batch * heads * triton.cdiv(c, DIRECT["BLOCK"]) * triton.cdiv(to.positions, DIRECT["POSITIONS"]),)](
+    items = triton.cdiv(c, DIRECT["BLOCK"]) * triton.cdiv(to.positions, DIRECT["POSITIONS"])
+    workers = min(items, triton.cdiv(2 * tiles.multiprocessors(out.device), batch * heads))
+    _residual_mix[(batch * heads * workers,)](
         to,
         None if term is None else features(term[0].flatten(0, 1)),
         None if term is None else features(term[1]),
@@ -384,6 +388,7 @@ def _launch_residual_mix(
         factor,
         2.0,
         heads,
+        workers,
         r,
         c,
         PRECISION=tiles.precision(),
