@@ -20,10 +20,16 @@ class Tile(NamedTuple):
     stages: int
     slice: int = MOST_CHANNELS  # channels of the result that a program sums up: more are shared among several programs
     held: int = MOST_CHANNELS  # channels of the logits on chip: more of them stream through, so many at a time
+    precision: str | None = None  # of products of float32; None: that of tiles.precision()
 
 
-# For each architecture, sweep and bytes of a number: the tile of up to so many channels. Chosen among those that spill fewest
-# registers when compiled (docs/performance/spatial_attention.md), not yet timed on a GPU.
+# On an H100, triton 3.6: products of float32 on tensor cores were wrong or left the shared memory where a tile had 32 channels or more
+# (2026-11-26, docs/performance/spatial_attention.md). Until that is understood they are done without.
+IEEE = Tile(64, 32, 8, 1, 64, 32, "ieee")
+
+# For each architecture, sweep and bytes of a number: the tile of up to so many channels. Those of cuda:90 for up to 128 channels of
+# 2 bytes were the fastest of some 12 each on an H100; the others are chosen among those that spill fewest registers when compiled
+# (docs/performance/spatial_attention.md). Where a table does not tell variants of a sweep apart, their first word names it.
 TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
     "cuda": {  # every other GPU of NVIDIA: at most 99 KiB of shared memory, as sm_86, sm_89 and sm_120 have
         ("attend", 2): {
@@ -37,15 +43,34 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         ("slopes", 4): {512: Tile(64, 32, 8, 1, 64, 32)},
     },
     "cuda:90": {
-        ("attend", 2): {256: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2)},
+        ("attend", 2): {
+            64: Tile(64, 128, 4, 3),
+            128: Tile(64, 64, 4, 3),
+            256: Tile(128, 64, 8, 2),
+            512: Tile(64, 32, 8, 2),
+        },
+        ("attend given", 2): {
+            64: Tile(128, 64, 8, 3),
+            128: Tile(64, 64, 4, 3),
+            256: Tile(128, 64, 8, 2),
+            512: Tile(64, 32, 8, 2),
+        },
         ("slopes", 2): {
-            128: Tile(128, 64, 8, 2),
+            64: Tile(64, 128, 4, 3),
+            128: Tile(128, 64, 8, 3),
             256: Tile(128, 32, 8, 2),
             384: Tile(64, 32, 8, 2, 128),
             512: Tile(64, 16, 8, 2, 128),
         },
-        ("attend", 4): {64: Tile(64, 32, 4, 2), 512: Tile(128, 32, 8, 1, 128, 32)},
-        ("slopes", 4): {512: Tile(64, 32, 8, 1, 64, 32)},
+        ("slopes shared", 2): {
+            64: Tile(64, 128, 4, 3),
+            128: Tile(64, 64, 4, 3),
+            256: Tile(128, 32, 8, 2),
+            384: Tile(64, 32, 8, 2, 128),
+            512: Tile(64, 16, 8, 2, 128),
+        },
+        ("attend", 4): {512: IEEE},
+        ("slopes", 4): {512: IEEE},
     },
     "cuda:100": {
         ("attend", 2): {128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2), 512: Tile(64, 32, 8, 1, 256)},
@@ -68,7 +93,9 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
 
 
 def tile_for(sweep: str, channels: int, dtype: torch.dtype) -> Tile:
-    """The tile of "attend" or "slopes" on what kernels are now compiled for; `channels` is the larger count of the two products.
+    """The tile of a sweep on what kernels are now compiled for; `channels` is the larger count of the two products.
+
+    Sweeps are "attend", "attend given" (the denominators), "slopes", and "slopes shared" (by rows that are their own values).
 
     Raises:
         ValueError: more channels than a program can hold.
@@ -79,4 +106,5 @@ def tile_for(sweep: str, channels: int, dtype: torch.dtype) -> Tile:
         )
     architecture = tiles.architecture()
     table = TILES.get(architecture) or TILES[architecture.partition(":")[0]]
-    return next(tile for limit, tile in table[sweep, dtype.itemsize].items() if channels <= limit)
+    sizes = table.get((sweep, dtype.itemsize)) or table[sweep.split()[0], dtype.itemsize]
+    return next(tile for limit, tile in sizes.items() if channels <= limit)

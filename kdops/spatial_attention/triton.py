@@ -226,7 +226,7 @@ def _launch_attend(
 ) -> None:
     channels = rows.data.shape[1]
     value_channels = channels if values is None else values.data.shape[1]
-    tile = tile_for("attend", max(channels, value_channels), rows.data.dtype)
+    tile = tile_for("attend given" if given else "attend", max(channels, value_channels), rows.data.dtype)
     slices = 1 if out is None else triton.cdiv(value_channels, tile.slice)
     apart = slices > 1 or channels > tile.held  # the columns are not on chip as they are summed up
     _attend[(rows.data.shape[0] * slices * triton.cdiv(rows.positions, tile.rows),)](
@@ -247,7 +247,7 @@ def _launch_attend(
         tile.columns,
         columns.positions % tile.columns == 0,
         tile.stages,
-        tiles.precision(),
+        tile.precision or tiles.precision(),
         num_warps=tile.warps,
         **tiles.OPTIONS,
     )
@@ -266,7 +266,8 @@ def _launch_slopes(
 ) -> None:
     channels = rows.data.shape[1]
     value_channels = (columns if column_values is None else column_values).data.shape[1]
-    tile = tile_for("slopes", max(channels, value_channels), rows.data.dtype)
+    shared = row_values is None
+    tile = tile_for("slopes shared" if shared else "slopes", max(channels, value_channels), rows.data.dtype)
     slices = 1 if gradient is None else triton.cdiv(channels, tile.slice)
     _slopes[(rows.data.shape[0] * slices * triton.cdiv(rows.positions, tile.rows),)](
         rows,
@@ -289,7 +290,7 @@ def _launch_slopes(
         tile.columns,
         columns.positions % tile.columns == 0,
         tile.stages,
-        tiles.precision(),
+        tile.precision or tiles.precision(),
         num_warps=tile.warps,
         **tiles.OPTIONS,
     )
