@@ -18,9 +18,9 @@ from trainers.config import Config
 from trainers.config_file import load_config
 from trainers.errors import InputError
 from trainers.fields import parse_bytes
-from trainers.footprint import LiveBytes, scratch_bytes
+from trainers.live_bytes import LiveBytes, operator_work, scratch_bytes
 from trainers.methods import METHODS
-from trainers.plan import Planner, Point, dynamic, measure_in_child
+from trainers.plan import Learned, Planner, Point, dynamic, measure_in_child
 from trainers.recompute import recompute, repeated_blocks
 
 MIB = 2**20
@@ -43,15 +43,17 @@ def test_live_bytes_count_each_storage_once_until_it_dies() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
-def test_scratch_of_every_op_is_understood(name: str) -> None:
+def test_scratch_and_work_of_every_op_are_understood(name: str) -> None:
     """A raw operator's arguments are matched with those of the public function by name, forward and backward."""
     spec = SPECS[name]
-    seen: list[int] = []
+    seen: list[tuple[int, float]] = []
 
     class Recorded(LiveBytes):
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
             if func.namespace == "kdops":
-                seen.append(scratch_bytes(func, args))
+                out = super().__torch_dispatch__(func, types, args, kwargs)
+                seen.append((scratch_bytes(func, args), operator_work(func, args, kwargs or {}, out)))
+                return out
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     sample = spec.samples[0]
@@ -61,7 +63,7 @@ def test_scratch_of_every_op_is_understood(name: str) -> None:
         results = [r for r in (out if isinstance(out, (tuple, list)) else [out]) if r.requires_grad]
         if results:
             torch.autograd.grad([r.sum() for r in results], tensors, allow_unused=True)
-    assert all(size >= 0 for size in seen)
+    assert all(size >= 0 and work > 0 for size, work in seen)
     assert seen or not spec.raw_ops
 
 
@@ -82,7 +84,11 @@ def test_fake_tensors_cost_what_real_ones_cost(tmp_path: Path, method: str, back
     assert set(fake.terms) == set(real.terms)
     for name, cost in fake.terms.items():
         assert cost.peak == pytest.approx(real.terms[name].peak, rel=0.01, abs=1024)
+        assert cost.work == pytest.approx(real.terms[name].work, rel=0.01, abs=1e5)
     assert fake.student.peak == pytest.approx(real.student.peak, rel=0.01)
+    assert fake.student.work == pytest.approx(real.student.work, rel=0.01)
+    # The step holds what a part holds; a part alone keeps what it shares with others a little longer.
+    assert all(part.peak <= 1.02 * fake.peak for part in fake.parts().values())
     assert fake.weights > fake.trained > 0
 
 
@@ -114,7 +120,9 @@ def test_a_process_peak_is_predicted_within_ten_percent(tmp_path: Path) -> None:
 
 def test_proposals_halve_the_micro_batch_then_recompute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path, "output")
-    monkeypatch.setattr(Planner, "_of_process", lambda self, backend: (0.0, 0.0))
+    costs = Planner(config, 2**40).simulate(Point(64, 4, False, "kdops"))[0]
+    nothing = Learned(0.0, 0.0, dict.fromkeys(costs.parts(), 0.0), 1.0)
+    monkeypatch.setattr(Planner, "_of_backend", lambda self, backend: nothing)
     free = Planner(config, 2**40)
 
     def needs(micro: int, again: bool) -> int:
