@@ -65,8 +65,8 @@ def _table(planned: Sequence[Planned]) -> Table:
     )
     table.add_column("part")
     for plan in planned:
-        table.add_column(f"{plan.point.backend}\nMiB ({how(plan)})", justify="right")
-        table.add_column(f"{plan.point.backend}\nms ({how(plan)})", justify="right")
+        table.add_column(f"{plan.point.backend}\nMiB\n{how(plan)}", justify="right")
+        table.add_column(f"{plan.point.backend}\nms\n{how(plan)}", justify="right")
     for name in planned[0].costs.parts():
         cells = []
         for plan in planned:
