@@ -102,7 +102,9 @@ def test_everything_wrong_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert text in said
     assert "data.train" not in said
     rows = [line.strip("│").split("│") for line in said.splitlines() if line.startswith("│")]
-    cells = [" ".join(" ".join(column).split()) for column in zip(*rows, strict=True)]  # in the 80 columns that a pipe has
+    cells = [
+        " ".join(" ".join(column).split()) for column in zip(*rows, strict=True)
+    ]  # in the 80 columns that a pipe has
     assert cells == ["target", "input", "6", "x1", "2 unpaired, 1 wrong scale, 2 corrupt, 1 too small, 1 names"]
 
 

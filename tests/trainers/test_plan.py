@@ -18,12 +18,15 @@ from trainers.config import Config
 from trainers.config_file import load_config
 from trainers.errors import InputError
 from trainers.fields import parse_bytes
-from trainers.live_bytes import LiveBytes, operator_work, scratch_bytes
+from trainers.footprint import Cost, StepCosts
+from trainers.live_bytes import BALANCE, LiveBytes, Meter, operator_work, scratch_bytes
 from trainers.methods import METHODS
-from trainers.plan import Learned, Planner, Point, dynamic, measure_in_child
+from trainers.plan import Learned, Measured, Planner, Point, dynamic, learn, measure_in_child
+from trainers.plan_table import verdict
 from trainers.recompute import recompute, repeated_blocks
 
 MIB = 2**20
+ROOT = Path(__file__).parents[2]
 
 
 def config_of(folder: Path, method: str = "facd", **train: Any) -> Config:
@@ -40,6 +43,27 @@ def test_live_bytes_count_each_storage_once_until_it_dies() -> None:
         assert live.current == 4000  # the views hold the first storage
         del view, same
         assert (live.current, live.peak) == (0, 8000)
+
+
+def test_a_meter_within_another_leaves_its_peak() -> None:
+    with LiveBytes() as live:
+        outer = Meter(live)
+        torch.zeros(1000)
+        inner = Meter(live)
+        small = torch.zeros(10)
+        assert (inner.read().peak, inner.read().held) == (40, 40)
+        assert (outer.read().peak, outer.read().held) == (4000, 40)
+        del small
+
+
+def test_work_is_flops_and_bytes() -> None:
+    with LiveBytes() as live:
+        a, b = torch.zeros(8, 16), torch.zeros(16, 4)
+        before = live.work
+        product = a @ b
+        assert live.work - before == 2 * 8 * 16 * 4 + BALANCE * 4 * (a.numel() + b.numel() + product.numel())
+        product.T.unsqueeze(0)  # a view
+        assert live.work - before == 2 * 8 * 16 * 4 + BALANCE * 4 * (a.numel() + b.numel() + product.numel())
 
 
 @pytest.mark.parametrize("name", sorted(SPECS))
@@ -67,7 +91,10 @@ def test_scratch_and_work_of_every_op_are_understood(name: str) -> None:
     assert seen or not spec.raw_ops
 
 
-SIMULATED = [(method, "kdops") for method in METHODS if method not in ("slkd", "sliced")] + [("facd", "reference")]
+SIMULATED = [(method, "kdops") for method in METHODS if method not in ("slkd", "sliced")] + [
+    ("facd", "reference"),
+    ("skd", "reference"),
+]
 
 
 @pytest.mark.parametrize(("method", "backend"), SIMULATED)
@@ -116,6 +143,72 @@ def test_a_process_peak_is_predicted_within_ten_percent(tmp_path: Path) -> None:
         measured = measure_in_child(planner.config, point).peak
         assert dynamic(costs, shared) > 32 * MIB
         assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def costs_of(work: float, seconds: float, peak: int = 0) -> StepCosts:
+    """A step whose loss does `work` and whose student does a tenth of it."""
+    student, loss = Cost(peak, seconds=seconds / 2, work=work / 10), Cost(seconds=seconds, work=work)
+    return StepCosts(student, {}, {"pixel": loss}, peak, weights=0, trained=0, seconds=2 * seconds)
+
+
+def test_times_and_memory_are_learned_from_two_steps() -> None:
+    """Times from the larger, part by part; memory from their difference."""
+    simulated = [(costs_of(1e6, 0.0, peak), 0) for peak in (100, 300)]
+    measured = [Measured(peak, 6.0, costs_of(1e6, 2.0)) for peak in (1000 + 150, 1000 + 450)]
+    learned = learn(simulated, measured)
+    assert (learned.base, learned.overhead) == (1000, 0.5)
+    timed, seconds = learned.times(costs_of(5e6, 0.0))
+    assert timed.terms["pixel"].seconds == pytest.approx(10.0)
+    assert timed.student.seconds == pytest.approx(5.0)
+    assert seconds == pytest.approx(5 * 6.0)
+
+
+def test_a_step_that_takes_long_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, "scratch")
+    learned = Learned(0.0, 0.0, {"student": 1e-6, "loss pixel": 0.0}, 1.0)
+    monkeypatch.setattr(Planner, "_of_backend", lambda self, backend: learned)
+    monkeypatch.setattr("trainers.plan.measure_in_child", lambda config, point: 1 / 0)
+    point = Point(64, 4, False, "reference")
+    seconds = Planner(config, 2**40).predict(point).seconds
+    plan = Planner(config, 2**40, longest=0.9 * seconds).plan(point)
+    assert (plan.measured, plan.seconds) == (False, seconds)
+    assert "but was not run: it takes" in verdict(plan, 2**40, 0.9 * seconds)
+    with pytest.raises(ZeroDivisionError):
+        Planner(config, 2**40, longest=1.1 * seconds).plan(point)
+
+
+def test_what_is_the_same_on_both_backends_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[Point] = []
+
+    def measure(config: Config, point: Point) -> Measured:
+        run.append(point)
+        names = ["pixel"] if config.method.name == "scratch" else ["pixel", "output", "contrast"]
+        teachers = {} if config.method.name == "scratch" else {"teacher": Cost(seconds=1.0)}
+        terms = {name: Cost(seconds=1.0) for name in names}
+        return Measured(2**20, 1.0, StepCosts(Cost(seconds=1.0), teachers, terms, 0, 0, 0, 1.0))
+
+    monkeypatch.setattr("trainers.plan.measure_in_child", measure)
+    for method, backends in (("scratch", {"kdops"}), ("facd", {"kdops", "reference"})):
+        run.clear()
+        planner = Planner(config_of(tmp_path, method), 2**40)
+        plans = [planner.plan(Point(32, 4, False, backend)) for backend in ("kdops", "reference")]
+        assert [plan.point.backend for plan in plans] == ["kdops", "reference"]
+        assert {point.backend for point in run} == backends
+        assert len(run) == len(set(run))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_attention_at_full_resolution_fits_where_the_reference_is_refused() -> None:
+    """One SKD step of a thin Restormer at patch 256, with attention between 65,536 positions: run for real."""
+    config = load_config(ROOT / "benchmarks" / "plans.yaml", ["data.batch=1", "data.patch=256"])
+    planner, point = Planner(config, 4 * 2**30), Point(256, 1, False, "kdops")
+    found = measure_in_child(config, point)
+    assert found.peak < 4 * 2**30
+    assert planner.predict(point).peak == pytest.approx(found.peak, rel=0.1)
+    reference = planner.plan(Point(256, 1, False, "reference"))
+    assert reference.peak > 4 * 2 * 65536**2 * 4  # two taps of full resolution, at least two maps of N x N for each
+    assert "is refused: above 4.00 GiB; most is taken by loss spatial" in verdict(reference, planner.memory, 60)
 
 
 def test_proposals_halve_the_micro_batch_then_recompute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
