@@ -72,6 +72,8 @@ class StepCosts:
     """Bytes of the trained weights."""
     seconds: float
     """Of the whole step."""
+    small: int = 0
+    """Most bytes alive at once in storages that the process keeps when they die, so that holes come between them: live_bytes.HEAP."""
 
     def parts(self) -> dict[str, Cost]:
         """Name -> cost of every network and loss term, in the order of a step."""
@@ -118,13 +120,13 @@ def step_costs(train_step: TrainStep, batch: Batch) -> StepCosts:
     with LiveBytes() as live:
         losses = train_step(batch)
         torch.autograd.grad(_total(losses), parameters, allow_unused=True)
-        seconds, peak = time.perf_counter() - started, live.peak
+        seconds, peak, small = time.perf_counter() - started, live.peak, live.small_peak
         del losses
     student, teachers, terms = _parts(train_step, batch, parameters)
     if train_step.method.requirements().batch_coupled:  # then they run before, for the whole effective batch
         teachers = {name: network_cost(teacher, batch.lq) for name, teacher in train_step.teachers.items()}
     trained = sum(p.numel() * p.element_size() for p in parameters)
-    return StepCosts(student, teachers, terms, peak, _weights(train_step), trained, seconds)
+    return StepCosts(student, teachers, terms, peak, _weights(train_step), trained, seconds, small)
 
 
 @torch.no_grad()

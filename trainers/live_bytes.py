@@ -23,6 +23,9 @@ from kdops.dispatch import SPECS, OpSpec, size
 
 BALANCE = 10  # FLOPs that a machine does while it moves one byte: CPUs and GPUs have 5 to 30
 NOBODY = -1
+HEAP = (
+    2**25
+)  # bytes; glibc takes larger blocks from the system and gives them back, and keeps smaller ones for the process
 
 
 class LiveBytes(TorchDispatchMode):
@@ -33,6 +36,7 @@ class LiveBytes(TorchDispatchMode):
         self.current = 0
         self.peak = 0
         self.work = 0.0
+        self.small = self.small_peak = 0  # of storages below HEAP alone
         self.owner = NOBODY
         self.owned: Counter[int] = Counter()  # owner -> bytes alive that were made while it was set
         self._known: set[int] = set()
@@ -61,12 +65,15 @@ class LiveBytes(TorchDispatchMode):
         self._known.add(key)
         self.current += size
         self.owned[self.owner] += size
+        self.small += size * (size < HEAP)
+        self.small_peak = max(self.small_peak, self.small)
         weakref.finalize(storage, self._freed, key, size, self.owner)
 
     def _freed(self, key: int, size: int, owner: int) -> None:
         self._known.discard(key)
         self.current -= size
         self.owned[owner] -= size
+        self.small -= size * (size < HEAP)
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Planner:
 
     def _predicted(self, point: Point, costs: StepCosts, shared: int) -> int:
         learned = self._of_backend(self._twin(point).backend)
-        return int(learned.base + dynamic(costs, shared) + learned.overhead * costs.student.peak)
+        return int(learned.base + dynamic(costs, shared) + learned.overhead * costs.small)
 
     def _of_backend(self, backend: str) -> Learned:
         """Learned from two measured steps, once for each backend."""
@@ -162,6 +162,10 @@ class Planner:
             measured = [self._measure(point) for point in points]
             self._learned[backend] = learn(simulated, measured)
         return self._learned[backend]
+
+    def learned_from(self, point: Point) -> bool:
+        """Whether its own measurement is one of those from which its backend's predictions were learned."""
+        return self._twin(point) in self._measured
 
     def _measure(self, point: Point) -> Measured:
         if point not in self._measured:
@@ -200,8 +204,7 @@ class Learned:
     base: float
     """Bytes that every process takes."""
     overhead: float
-    """Bytes that the networks' operators take within themselves for each byte that is counted: convolutions reorder their tensors
-    into buffers that no count from outside sees."""
+    """Bytes that no count from outside sees for each byte in small storages: the holes between them, and buffers within operators."""
     rates: dict[str, float]
     """Seconds that each part takes for its work."""
     rest: float
@@ -216,12 +219,12 @@ class Learned:
 def learn(simulated: Sequence[tuple[StepCosts, int]], measured: Sequence[Measured]) -> Learned:
     """From two steps; the times from the second, which is the larger."""
     rest = [found.peak - dynamic(*known) for known, found in zip(simulated, measured, strict=True)]
-    networks = [costs.student.peak for costs, _ in simulated]
-    more = networks[1] - networks[0]
+    small = [costs.small for costs, _ in simulated]
+    more = small[1] - small[0]
     overhead = max(0.0, (rest[1] - rest[0]) / more) if more > 0 else 0.0
     parts, found = simulated[1][0].parts(), measured[1]
     rates = {name: cost.seconds / max(parts[name].work, 1.0) for name, cost in found.costs.parts().items()}
-    return Learned(rest[0] - overhead * networks[0], overhead, rates, found.seconds / found.costs.parts_seconds)
+    return Learned(rest[0] - overhead * small[0], overhead, rates, found.seconds / found.costs.parts_seconds)
 
 
 def patch_problems(config: Config, patch: int) -> list[str]:

@@ -148,7 +148,7 @@ def test_a_process_peak_is_predicted_within_ten_percent(tmp_path: Path) -> None:
 def costs_of(work: float, seconds: float, peak: int = 0) -> StepCosts:
     """A step whose loss does `work` and whose student does a tenth of it."""
     student, loss = Cost(peak, seconds=seconds / 2, work=work / 10), Cost(seconds=seconds, work=work)
-    return StepCosts(student, {}, {"pixel": loss}, peak, weights=0, trained=0, seconds=2 * seconds)
+    return StepCosts(student, {}, {"pixel": loss}, peak, weights=0, trained=0, seconds=2 * seconds, small=peak)
 
 
 def test_times_and_memory_are_learned_from_two_steps() -> None:
