@@ -152,7 +152,7 @@ class Planner:
 
     def _predicted(self, point: Point, costs: StepCosts, shared: int) -> int:
         learned = self._of_backend(self._twin(point).backend)
-        return int(learned.base + dynamic(costs, shared) + learned.overhead * costs.small)
+        return int(dynamic(costs, shared) + learned.besides(costs))
 
     def _of_backend(self, backend: str) -> Learned:
         """Learned from two measured steps, once for each backend."""
@@ -178,7 +178,6 @@ class Planner:
         Among those that take seconds: attention's time grows faster than its memory.
         """
         micro = self.config.data.batch // self.config.train.accumulate
-        micro = micro if self.config.method.indivisible else min(micro, 2)
         found: list[tuple[float, Point]] = []
         for side in self._sides():
             point = Point(side, micro, self.config.train.recompute, backend)
@@ -201,14 +200,28 @@ class Planner:
 class Learned:
     """What two measured steps tell of all others on their backend."""
 
-    base: float
-    """Bytes that every process takes."""
-    overhead: float
-    """Bytes that no count from outside sees for each byte in small storages: the holes between them, and buffers within operators."""
+    rests: tuple[float, float]
+    """Bytes that their processes took besides what is counted."""
+    small: tuple[float, float]
+    """Their bytes in storages that a process keeps, between which there are holes."""
+    networks: tuple[float, float]
+    """Their student's bytes: its convolutions reorder tensors into buffers that no count from outside sees."""
     rates: dict[str, float]
     """Seconds that each part takes for its work."""
     rest: float
     """Seconds of a step over those of its parts."""
+
+    def besides(self, costs: StepCosts) -> float:
+        """Bytes of the process besides what is counted.
+
+        They grow with small storages and with the network's; a line through the two steps over either is too high where it blames the
+        growth on the wrong one, so the lower line counts.
+        """
+        lines = ((costs.small, *self.small), (costs.student.peak, *self.networks))
+        return min(self.rests[0] + self._slope(low, high) * (bytes_ - low) for bytes_, low, high in lines)
+
+    def _slope(self, low: float, high: float) -> float:
+        return max(0.0, (self.rests[1] - self.rests[0]) / (high - low)) if high > low else 0.0
 
     def times(self, costs: StepCosts) -> tuple[StepCosts, float]:
         """Simulated costs with seconds, and the seconds of the whole step."""
@@ -218,13 +231,12 @@ class Learned:
 
 def learn(simulated: Sequence[tuple[StepCosts, int]], measured: Sequence[Measured]) -> Learned:
     """From two steps; the times from the second, which is the larger."""
-    rest = [found.peak - dynamic(*known) for known, found in zip(simulated, measured, strict=True)]
-    small = [costs.small for costs, _ in simulated]
-    more = small[1] - small[0]
-    overhead = max(0.0, (rest[1] - rest[0]) / more) if more > 0 else 0.0
+    (first, one), (second, two) = simulated
+    rests = (measured[0].peak - dynamic(first, one), measured[1].peak - dynamic(second, two))
     parts, found = simulated[1][0].parts(), measured[1]
     rates = {name: cost.seconds / max(parts[name].work, 1.0) for name, cost in found.costs.parts().items()}
-    return Learned(rest[0] - overhead * small[0], overhead, rates, found.seconds / found.costs.parts_seconds)
+    small, networks = (first.small, second.small), (first.student.peak, second.student.peak)
+    return Learned(rests, small, networks, rates, found.seconds / found.costs.parts_seconds)
 
 
 def patch_problems(config: Config, patch: int) -> list[str]:

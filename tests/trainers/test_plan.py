@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,9 @@ def test_times_and_memory_are_learned_from_two_steps() -> None:
     simulated = [(costs_of(1e6, 0.0, peak), 0) for peak in (100, 300)]
     measured = [Measured(peak, 6.0, costs_of(1e6, 2.0)) for peak in (1000 + 150, 1000 + 450)]
     learned = learn(simulated, measured)
-    assert (learned.base, learned.overhead) == (1000, 0.5)
+    assert [learned.besides(costs_of(1e6, 0.0, peak)) for peak in (100, 300, 500)] == [1050, 1150, 1250]
+    mostly_large = dataclasses.replace(costs_of(1e6, 0.0, 500), small=300)
+    assert learned.besides(mostly_large) == 1150
     timed, seconds = learned.times(costs_of(5e6, 0.0))
     assert timed.terms["pixel"].seconds == pytest.approx(10.0)
     assert timed.student.seconds == pytest.approx(5.0)
@@ -165,7 +168,7 @@ def test_times_and_memory_are_learned_from_two_steps() -> None:
 
 def test_a_step_that_takes_long_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path, "scratch")
-    learned = Learned(0.0, 0.0, {"student": 1e-6, "loss pixel": 0.0}, 1.0)
+    learned = Learned((0, 0), (0, 0), (0, 0), {"student": 1e-6, "loss pixel": 0.0}, 1.0)
     monkeypatch.setattr(Planner, "_of_backend", lambda self, backend: learned)
     monkeypatch.setattr("trainers.plan.measure_in_child", lambda config, point: 1 / 0)
     point = Point(64, 4, False, "reference")
@@ -214,7 +217,7 @@ def test_attention_at_full_resolution_fits_where_the_reference_is_refused() -> N
 def test_proposals_halve_the_micro_batch_then_recompute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path, "output")
     costs = Planner(config, 2**40).simulate(Point(64, 4, False, "kdops"))[0]
-    nothing = Learned(0.0, 0.0, dict.fromkeys(costs.parts(), 0.0), 1.0)
+    nothing = Learned((0, 0), (0, 0), (0, 0), dict.fromkeys(costs.parts(), 0.0), 1.0)
     monkeypatch.setattr(Planner, "_of_backend", lambda self, backend: nothing)
     free = Planner(config, 2**40)
 
