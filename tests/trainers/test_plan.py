@@ -210,7 +210,7 @@ def test_attention_at_full_resolution_fits_where_the_reference_is_refused() -> N
     assert found.peak < 4 * 2**30
     assert planner.predict(point).peak == pytest.approx(found.peak, rel=0.1)
     reference = planner.plan(Point(256, 1, False, "reference"))
-    assert reference.peak > 4 * 2 * 65536**2 * 4  # two taps of full resolution, at least two maps of N x N for each
+    assert reference.peak > 4 * 65536**2 * 4  # four maps of N x N in float32
     assert "is refused: above 4.00 GiB; most is taken by loss spatial" in verdict(reference, planner.memory, 60)
 
 
