@@ -56,7 +56,8 @@ PREDICTED = """
 Memory and time of measured steps as they are predicted without running them, for the cases whose prediction was repeated after the
 planner's last change (a case without such a row has not been); steps from which the predictions were learned are left
 out. Memory is within 10 %. How a process's overhead is predicted was chosen after seeing `output`, `csd`, `dckd` and `slkd` at 512 and the
-EDSR at 256; `scratch` and `fitnet` at 512 were measured after that. Two runs of one step differed by 9 % (`facd` at 256). Times are much further off, those of networks at patch 512 above all: maps above 32 MiB are taken from the
+EDSR at 256; `scratch` and `fitnet` at 512 were measured after that. Two runs of one step differed by 9 % (`facd` at 256).
+Times are much further off, those of networks at patch 512 above all: maps above 32 MiB are taken from the
 system again for each operator, which smaller steps do not show.
 """
 PARTS = """
