@@ -98,6 +98,13 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--patch", metavar="SIDES", help="sides of patches to plan, such as 128,256 (default: data.patch)"
     )
+    plan.add_argument(
+        "--longest",
+        type=_seconds,
+        default=60.0,
+        metavar="SECONDS",
+        help="simulate steps that take longer (default: 60)",
+    )
     plan.add_argument("--json", action="store_true", help="print JSON; the tables go to stderr")
 
     train = _command(commands, "train", "train a student and write its report", _train)
@@ -224,6 +231,16 @@ def _seeds(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"{text}: give seconds, such as 60")
+    return seconds
+
+
 def _set_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
@@ -265,7 +282,7 @@ def _plan(options: argparse.Namespace) -> int:
     from trainers.plan_table import plan_command
 
     config = checked_config(options.config, options.set, say=_say)
-    return 0 if plan_command(config, options.memory, options.patch, options.json) else 3
+    return 0 if plan_command(config, options.memory, options.patch, options.longest, options.json) else 3
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -207,7 +207,7 @@ def judge(part: Checked, sizes: Mapping[Path, Size | InputError], patch: int, sc
 def data_check_command(paths: Sequence[Path], patch: int, scale: int | None) -> bool:
     """Checks and prints; whether nothing is wrong."""
     checked, console = check_data(paths, patch, scale), Console()
-    console.print(_table(checked, Path.cwd()), highlight=False)
+    console.print(_table(checked), highlight=False)
     for kind in (*PROBLEMS, *NOTES):
         texts = list(dict.fromkeys(text for part in checked for text in part.found[kind]))
         for text in texts[:EXAMPLES]:
@@ -219,17 +219,21 @@ def data_check_command(paths: Sequence[Path], patch: int, scale: int | None) -> 
     return not any(part.faulty for part in checked)
 
 
-def _table(checked: Sequence[Checked], base: Path) -> Table:
-    table = Table()
+def _table(checked: Sequence[Checked]) -> Table:
+    """Narrow enough for a terminal of 80 columns: folders below the one that holds all of them, and what was found in one column."""
+    folders = {path for part in checked for path in (part.gt, part.lq) if path is not None}
+    base = Path(os.path.commonpath([os.path.abspath(path.parent) for path in folders]))
+    table = Table(title=f"in {base}", title_style="", title_justify="left")
     for name in ("ground truths", "inputs"):
         table.add_column(name, overflow="fold")
-    for name in ("pairs", "scale", *NOTES, *PROBLEMS):
+    for name in ("pairs", "scale"):
         table.add_column(name, justify="right")
+    table.add_column("found", overflow="fold")
     for part in checked:
-        folders = ["" if path is None else os.path.relpath(path, base) for path in (part.gt, part.lq)]
+        names = ["" if path is None else os.path.relpath(path, base) for path in (part.gt, part.lq)]
         count = f"{len(part.pairs)}" if part.lq else f"{len(part.pairs)} images"
-        counts = [str(len(part.found[kind]) or "") for kind in (*NOTES, *PROBLEMS)]
-        table.add_row(*folders, count, f"x{part.scale}" if part.scale else "", *counts)
+        found = ", ".join(f"{len(part.found[kind])} {kind}" for kind in (*PROBLEMS, *NOTES) if part.found[kind])
+        table.add_row(*names, count, f"x{part.scale}" if part.scale else "", found)
     return table
 
 

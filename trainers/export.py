@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trainers.checkpoint import replace_file
 from trainers.errors import InputError
 from trainers.evaluate import count_macs, count_parameters
-from trainers.footprint import LiveBytes
+from trainers.live_bytes import LiveBytes
 from trainers.sources import Source, open_source
 
 TOLERANCE = 1e-4  # of pixel values in [0, 1]: two runtimes round differently, and 8-bit images have steps of 4e-3

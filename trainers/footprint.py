@@ -1,26 +1,22 @@
-"""What one training step costs: live bytes and milliseconds, by network and by loss term.
+"""What one training step costs: live bytes, milliseconds and work, by network and by loss term.
 
-The bytes are counted below autograd, where every operator passes: storages that are alive, and the scratch memory that kdops operators
-state themselves. So the same count works on real tensors and on fake ones (shapes without data), which need no memory at all.
+The counts (live_bytes.py) work on real tensors and on fake ones (shapes without data), which need neither memory nor time.
 """
 
 from __future__ import annotations
 
-import inspect
 import time
-import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdops.dispatch import SPECS
+from trainers.live_bytes import NOBODY, LiveBytes, Meter, Reading
 from trainers.methods.base import Batch, Features, Network
 from trainers.step import TrainStep
 
@@ -37,76 +33,28 @@ class Cost:
     """Most bytes alive at once in its backward pass, above what was alive before it."""
     seconds: float = 0.0
     """Forward and backward; without meaning on fake tensors."""
+    work: float = 0.0
+    """What the seconds grow with: FLOPs and bytes moved, see live_bytes.operator_work."""
 
     @property
     def peak(self) -> int:
         """Most bytes at once that are this part's."""
         return max(self.forward_peak, self.held + self.backward_peak)
 
+    def then(self, forward: Reading) -> Cost:
+        """With a forward pass more."""
+        return replace(
+            self,
+            forward_peak=max(self.forward_peak, self.held + forward.peak),
+            held=self.held + forward.held,
+            seconds=self.seconds + forward.seconds,
+            work=self.work + forward.work,
+        )
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made beneath it that are still alive, and their peak, with the scratch of kdops operators."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.current = 0
-        self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves(args) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._track(tensor, given)
-        self.peak = max(self.peak, self.current + scratch_bytes(func, args))
-        return out
-
-    def mark(self) -> int:
-        """The bytes alive now; the peak starts again from here."""
-        self.peak = self.current
-        return self.current
-
-    def _track(self, tensor: Tensor, given: set[int]) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known or key in given:  # a view, or an operator in place, of what was there before
-            return
-        size = storage.nbytes()
-        self._known.add(key)
-        self.current += size
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.current -= size
-
-
-def scratch_bytes(func: Any, args: tuple[Any, ...]) -> int:
-    """What a raw kdops operator allocates within one call, as its spec says; 0 for the operators of others."""
-    if func.namespace != "kdops":
-        return 0
-    raw = func._schema.name.split("::")[1].removesuffix("_triton")
-    name = raw.removesuffix("_backward")
-    spec = SPECS.get(name)
-    if spec is None:
-        return 0
-    given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
-    parameters = inspect.signature(spec.function).parameters.values()
-    tensors, options, last = [], {}, None
-    for parameter in parameters:
-        value = given.get(parameter.name)
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            if value is not None:
-                options[parameter.name] = value
-        else:
-            last = value if value is not None else last  # None: the same tensor as the argument before
-            needed = bool(given.get(f"need_{parameter.name}", False))
-            tensors.append(last.detach().requires_grad_(needed) if isinstance(last, Tensor) else last)
-    return spec.scratch_bytes(*tensors, **options, backward=raw != name)
-
-
-# --- one step ------------------------------------------------------------------------------------------------------------------------
+    def back(self, backward: Reading) -> Cost:
+        """With its backward pass."""
+        seconds, work = self.seconds + backward.seconds, self.work + backward.work
+        return replace(self, backward_peak=backward.peak, seconds=seconds, work=work)
 
 
 @dataclass(frozen=True)
@@ -124,11 +72,31 @@ class StepCosts:
     """Bytes of the trained weights."""
     seconds: float
     """Of the whole step."""
+    small: int = 0
+    """Most bytes alive at once in storages that the process keeps when they die, so that holes come between them: live_bytes.HEAP."""
 
     def parts(self) -> dict[str, Cost]:
         """Name -> cost of every network and loss term, in the order of a step."""
         teachers = {name if name == "teacher" else f"teacher {name}": cost for name, cost in self.teachers.items()}
         return {"student": self.student, **teachers, **{f"loss {name}": cost for name, cost in self.terms.items()}}
+
+    def map(self, change: Callable[[str, Cost], Cost], **others: Any) -> StepCosts:
+        """The same with other costs of its parts, which `change` is given by the names that they have in parts(), and other fields."""
+        parts = iter([change(name, cost) for name, cost in self.parts().items()])
+        student = next(parts)
+        teachers = dict(zip(self.teachers, parts, strict=False))
+        terms = dict(zip(self.terms, parts, strict=True))
+        return replace(self, student=student, teachers=teachers, terms=terms, **others)
+
+    @property
+    def parts_seconds(self) -> float:
+        """Of all parts together: without what is between them."""
+        return sum(cost.seconds for cost in self.parts().values())
+
+    @property
+    def work(self) -> float:
+        """Of all parts together."""
+        return sum(cost.work for cost in self.parts().values())
 
     def largest(self) -> str:
         """What takes most: "most is taken by loss spatial, 33.0 GiB"."""
@@ -152,25 +120,24 @@ def step_costs(train_step: TrainStep, batch: Batch) -> StepCosts:
     with LiveBytes() as live:
         losses = train_step(batch)
         torch.autograd.grad(_total(losses), parameters, allow_unused=True)
-        seconds, peak = time.perf_counter() - started, live.peak
+        seconds, peak, small = time.perf_counter() - started, live.peak, live.small_peak
         del losses
     student, teachers, terms = _parts(train_step, batch, parameters)
     if train_step.method.requirements().batch_coupled:  # then they run before, for the whole effective batch
         teachers = {name: network_cost(teacher, batch.lq) for name, teacher in train_step.teachers.items()}
     trained = sum(p.numel() * p.element_size() for p in parameters)
-    return StepCosts(student, teachers, terms, peak, _weights(train_step), trained, seconds)
+    return StepCosts(student, teachers, terms, peak, _weights(train_step), trained, seconds, small)
 
 
 @torch.no_grad()
 def network_cost(network: Network, x: Tensor) -> Cost:
     """Of a frozen network's forward pass."""
     with LiveBytes() as live:
-        started = time.perf_counter()
+        meter = Meter(live)
         results = network(x)
-        seconds = time.perf_counter() - started
-        held = live.current
+        cost = Cost().then(meter.read())
     del results
-    return Cost(live.peak, held, seconds=seconds)
+    return cost
 
 
 def _weights(train_step: TrainStep) -> int:
@@ -187,20 +154,17 @@ def _total(losses: Mapping[str, Tensor]) -> Tensor:
 class _Cut:
     """Runs a network, measures it, and hands its output and taps on as leaves of a new graph."""
 
-    def __init__(self, network: Network, live: LiveBytes, trained: bool) -> None:
-        self.network, self.live, self.trained = network, live, trained
+    def __init__(self, network: Network, calls: _Calls, trained: bool) -> None:
+        self.network, self.calls, self.trained = network, calls, trained
         self.results: list[Tensor] = []
         self.leaves: list[Tensor] = []
         self.cost = Cost()
-        self.elapsed = 0.0
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Features]:
-        before, started = self.live.mark(), time.perf_counter()
-        output, taps = self.network(x)
-        seconds = time.perf_counter() - started
-        self.elapsed += seconds
-        peak, held = self.live.peak - before, self.live.current - before
-        self.cost = Cost(max(self.cost.forward_peak, peak), self.cost.held + held, seconds=self.cost.seconds + seconds)
+        with self.calls.nested():
+            meter = Meter(self.calls.live)
+            output, taps = self.network(x)
+            self.cost = self.cost.then(meter.read())
         if not self.trained:
             return output, taps
         new = {name: self._leaf(tap) for name, tap in taps.items()}
@@ -217,54 +181,78 @@ def _parts(
     train_step: TrainStep, batch: Batch, parameters: Sequence[Tensor]
 ) -> tuple[Cost, dict[str, Cost], dict[str, Cost]]:
     with LiveBytes() as live:
-        student = _Cut(train_step._adapted_student, live, trained=True)
-        teachers = {name: _Cut(teacher, live, trained=False) for name, teacher in train_step.teachers.items()}
-        calls = _Calls(live, [student, *teachers.values()])
+        calls = _Calls(live)
+        student = _Cut(train_step._adapted_student, calls, trained=True)
+        teachers = {name: _Cut(teacher, calls, trained=False) for name, teacher in train_step.teachers.items()}
         with calls:
             losses = train_step.method(batch, student, teachers)
-        forward = calls.by_term(losses)
+        terms = calls.by_term(losses)
         leaves = [leaf for leaf in student.leaves if leaf.requires_grad]
         others = [p for p in train_step.method.parameters() if p.requires_grad]
-        terms, gradients = {}, [torch.zeros_like(leaf) for leaf in leaves]
-        for name, loss in losses.items():
-            before, started = live.mark(), time.perf_counter()
+        gradients = [torch.zeros_like(leaf) for leaf in leaves]
+        graphs = {name: set(_graph(loss)) for name, loss in losses.items()}
+        for name in list(losses):
+            loss, own = losses.pop(name), graphs.pop(name)
+            # What a term holds is freed on the way back, as in training, unless a later term needs it too.
+            shared = any(own & later for later in graphs.values())
+            meter = Meter(live)
             if loss.requires_grad:
-                torch.autograd.grad(loss, [*leaves, *others], retain_graph=True, allow_unused=True)
-            seconds = time.perf_counter() - started + forward[name].seconds
-            peak = live.peak - before
-            terms[name] = Cost(forward[name].forward_peak, forward[name].held, peak, seconds)
-        del losses
-        before, started = live.mark(), time.perf_counter()
+                torch.autograd.grad(loss, [*leaves, *others], retain_graph=shared, allow_unused=True)
+            terms[name] = terms[name].back(meter.read())
+        meter = Meter(live)
         roots = [result for result in student.results if result.requires_grad]
         torch.autograd.grad(roots, parameters, gradients, allow_unused=True)
-        spent = student.cost.seconds + time.perf_counter() - started
-        whole = Cost(student.cost.forward_peak, student.cost.held, live.peak - before, spent)
+        whole = student.cost.back(meter.read())
     return whole, {name: cut.cost for name, cut in teachers.items()}, terms
 
 
-class _Calls(TorchFunctionMode):
-    """Records what every call of torch and kdops costs, beside the node of the graph that it made."""
+def _graph(loss: Tensor) -> Iterator[Any]:
+    """The nodes of the graph behind a loss, each once; those of leaves keep nothing and are left out."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or hasattr(node, "variable"):
+            continue
+        seen.add(node)
+        waiting += [parent for parent, _ in node.next_functions]
+        yield node
 
-    def __init__(self, live: LiveBytes, networks: Iterable[_Cut]) -> None:
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of torch or kdops outside of the networks."""
+
+    reading: Reading
+    before: Mapping[int, int]
+    """Call -> bytes of it that were alive when this one began."""
+
+
+class _Calls(TorchFunctionMode):
+    """Records what every call of torch and kdops outside of the networks takes, and the nodes of the graph that it made."""
+
+    def __init__(self, live: LiveBytes) -> None:
         super().__init__()
         self.live = live
-        self.networks = list(networks)
-        self.costs: dict[Any, Cost] = {}
+        self.calls: list[_Call] = []
+        self.made: dict[Any, int] = {}  # node -> index of the call
         self.depth = 0
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        with self._nested() as outermost:
-            before, started = self.live.mark() if outermost else 0, time.perf_counter()
+        with self.nested() as outermost:
+            if not outermost:
+                return func(*args, **(kwargs or {}))
+            self.live.owner, before, meter = len(self.calls), dict(self.live.owned), Meter(self.live)
             out = func(*args, **(kwargs or {}))
-            if outermost:
-                cost = Cost(self.live.peak - before, self.live.current - before, seconds=time.perf_counter() - started)
-                for tensor in tree_leaves(out):
-                    if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                        self.costs[tensor.grad_fn] = cost
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                    self.made.setdefault(tensor.grad_fn, self.live.owner)
+            self.calls.append(_Call(meter.read(), before))
+            self.live.owner = NOBODY
         return out
 
     @contextmanager
-    def _nested(self) -> Iterator[bool]:
+    def nested(self) -> Iterator[bool]:
+        """Calls within are none of their own; whether this is the outermost."""
         self.depth += 1
         try:
             yield self.depth == 1
@@ -272,17 +260,26 @@ class _Calls(TorchFunctionMode):
             self.depth -= 1
 
     def by_term(self, losses: Mapping[str, Tensor]) -> dict[str, Cost]:
-        """The calls that each loss needed, added up: peaks are the largest, bytes that are held and seconds are sums."""
-        found, counted = {}, set()
-        for name, loss in losses.items():
-            peak, held, seconds, waiting = 0, 0, 0.0, [loss.grad_fn]
-            while waiting:
-                node = waiting.pop()
-                if node is None or node in counted:
-                    continue
-                counted.add(node)
-                waiting += [parent for parent, _ in node.next_functions]
-                cost = self.costs.get(node, Cost())
-                peak, held, seconds = max(peak, held + cost.forward_peak), held + cost.held, seconds + cost.seconds
-            found[name] = Cost(peak, held, seconds=seconds)
+        """The forward pass of each loss: the calls that it needed, together."""
+        terms, found = self._terms(losses), {}
+        for name in losses:
+            own = [index for index, term in enumerate(terms) if term == name]
+            calls = [self.calls[index] for index in own]
+            peaks = [sum(call.before.get(index, 0) for index in own) + call.reading.peak for call in calls]
+            held = sum(self.live.owned[index] for index in own)
+            seconds, work = sum(call.reading.seconds for call in calls), sum(call.reading.work for call in calls)
+            found[name] = Cost(max(peaks, default=0), held, seconds=seconds, work=work)
         return found
+
+    def _terms(self, losses: Mapping[str, Tensor]) -> list[str]:
+        """The loss that each call is counted for: the first that needs it; where it has no gradient, that of the call after it."""
+        needed: dict[int, str] = {}
+        for name, loss in losses.items():
+            for node in _graph(loss):
+                if node in self.made:
+                    needed.setdefault(self.made[node], name)
+        found, term = [], list(losses)[-1]
+        for index in reversed(range(len(self.calls))):
+            term = needed.get(index, term)
+            found.append(term)
+        return found[::-1]

@@ -1,8 +1,8 @@
 """`kdtrain plan`: what a training step will take, before it is run, and what makes it fit.
 
-Where a step fits, it is run in a process of its own, and its true peak is reported as measured. Beyond, the bytes come from a run on fake
-tensors (footprint.py), which need no memory; what a process takes besides is learned from two small measured steps, and the figure is
-reported as simulated.
+Where a step fits, it is run in a process of its own, and its true peak and times are reported as measured. Beyond, bytes and work come from
+a run on fake tensors (footprint.py), which need neither memory nor time; what a process takes besides its tensors, and how long a part
+takes for its work, is learned from two small measured steps. Such figures are reported as simulated.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ from trainers.step import TrainStep
 BACKENDS = {"kdops": "auto", "reference": "reference"}  # name in the plan -> of kdops.backend()
 HEADROOM = 0.9  # of the memory that is free: the rest of the machine goes on
 LOW, HIGH = 2**26, 2**29  # bytes of the two steps that are measured to learn what a process takes besides
+MOST_WORK = 5e11  # of such a step: seconds on two cores
+LONGEST = 60.0  # seconds: a longer step is not run
+SHORT = (
+    3.0  # seconds: a shorter step is run twice for its time: the first starts threads and makes plans for convolutions
+)
 
 
 @dataclass(frozen=True)
@@ -54,8 +60,8 @@ class Planned:
     """Bytes of teacher features of the whole effective batch, where the method shares them."""
     peak: int
     """Bytes of the process at its highest."""
-    seconds: float | None
-    """Of one micro-batch with its share of the optimiser's step; None where it was not run."""
+    seconds: float
+    """Of one micro-batch with its share of the optimiser's step."""
     measured: bool
 
 
@@ -83,11 +89,13 @@ class _Blanks:
 class Planner:
     """Plans steps of one config. Networks are built once for each choice of recomputing; no image is read."""
 
-    def __init__(self, config: Config, memory: int) -> None:
+    def __init__(self, config: Config, memory: int, longest: float = LONGEST) -> None:
         self.config = config
         self.memory = memory
+        self.longest = longest
         self._steps: dict[bool, TrainStep] = {}
-        self._process: dict[str, tuple[float, float]] = {}
+        self._learned: dict[str, Learned] = {}
+        self._measured: dict[Point, Measured] = {}
         self._simulated: dict[Point, tuple[StepCosts, int]] = {}
 
     def simulate(self, point: Point) -> tuple[StepCosts, int]:
@@ -95,17 +103,28 @@ class Planner:
         train_step = self._step(point.recompute)
         if point not in self._simulated:
             with FakeTensorMode(allow_non_fake_inputs=True):
-                self._simulated[point] = run_parts(train_step, self.config, point)
+                costs, shared = run_parts(train_step, self.config, point)
+            self._simulated[point] = (
+                costs.map(lambda _, cost: dataclasses.replace(cost, seconds=0.0), seconds=0.0),
+                shared,
+            )
         return self._simulated[point]
 
     def plan(self, point: Point) -> Planned:
-        """Measured where it fits, else simulated."""
+        """Measured where it fits and takes no longer than allowed, else simulated."""
+        if point != self._twin(point):
+            return dataclasses.replace(self.plan(self._twin(point)), point=point)
+        predicted = self.predict(point)
+        if predicted.peak > min(self.memory, free_memory()) or predicted.seconds > self.longest:
+            return predicted
+        found = self._measure(point)
+        return Planned(point, found.costs, predicted.shared, found.peak, found.seconds, measured=True)
+
+    def predict(self, point: Point) -> Planned:
+        """What simulation says of a point, whether or not it could be run."""
         costs, shared = self.simulate(point)
-        peak = self._predicted(point, costs, shared)
-        if peak > min(self.memory, free_memory()):
-            return Planned(point, costs, shared, peak, None, measured=False)
-        found = measure_in_child(self.config, point)
-        return Planned(point, found.costs, shared, found.peak, found.seconds, measured=True)
+        costs, seconds = self._of_backend(self._twin(point).backend).times(costs)
+        return Planned(point, costs, shared, self._predicted(point, costs, shared), seconds, measured=False)
 
     def proposal(self, backend: str, patch: int) -> tuple[Planned, list[str]] | None:
         """The largest micro-batch that fits, first as the config is, then with recomputed activations; None if none does."""
@@ -114,14 +133,17 @@ class Planner:
             for accumulate in (n for n in range(1, batch + 1) if batch % n == 0):
                 point = Point(patch, batch // accumulate, again, backend)
                 try:
-                    costs, shared = self.simulate(point)
+                    predicted = self.predict(point)
                 except InputError:
                     break  # this network cannot recompute
-                peak = self._predicted(point, costs, shared)
-                if peak <= self.memory:
-                    settings = [f"train.accumulate={accumulate}"] + ["train.recompute=true"] * again
-                    return Planned(point, costs, shared, peak, None, measured=False), settings
+                if predicted.peak <= self.memory:
+                    return predicted, [f"train.accumulate={accumulate}"] + ["train.recompute=true"] * again
         return None
+
+    def _twin(self, point: Point) -> Point:
+        """The same step on kdops where it does the same there, as that of a method without an op of ours: it is then measured once."""
+        twin = dataclasses.replace(point, backend="kdops")
+        return twin if self.simulate(twin) == self.simulate(point) else point
 
     def _step(self, recompute: bool) -> TrainStep:
         if recompute not in self._steps:
@@ -129,38 +151,92 @@ class Planner:
         return self._steps[recompute]
 
     def _predicted(self, point: Point, costs: StepCosts, shared: int) -> int:
-        base, overhead = self._of_process(point.backend)
-        return int(base + dynamic(costs, shared) + overhead * costs.student.peak)
+        learned = self._of_backend(self._twin(point).backend)
+        return int(dynamic(costs, shared) + learned.besides(costs))
 
-    def _of_process(self, backend: str) -> tuple[float, float]:
-        """(bytes that every process takes, bytes that the networks' operators take within themselves for each byte that is counted).
+    def _of_backend(self, backend: str) -> Learned:
+        """Learned from two measured steps, once for each backend."""
+        if backend not in self._learned:
+            points = [self._nearest(backend, size) for size in (LOW, min(HIGH, self.memory // 4))]
+            simulated = [self.simulate(point) for point in points]
+            measured = [self._measure(point) for point in points]
+            self._learned[backend] = learn(simulated, measured)
+        return self._learned[backend]
 
-        Learned from two measured steps: convolutions reorder their tensors into buffers that no count from outside sees.
-        """
-        if backend not in self._process:
-            rest, networks = [], []
-            for size in (LOW, min(HIGH, self.memory // 4)):
-                point = self._nearest(backend, size)
-                costs, shared = self.simulate(point)
-                rest.append(measure_in_child(self.config, point).peak - dynamic(costs, shared))
-                networks.append(costs.student.peak)
-            more = networks[1] - networks[0]
-            overhead = max(0.0, (rest[1] - rest[0]) / more) if more > 0 else 0.0
-            self._process[backend] = (rest[0] - overhead * networks[0], overhead)
-        return self._process[backend]
+    def learned_from(self, point: Point) -> bool:
+        """Whether its own measurement is one of those from which its backend's predictions were learned."""
+        return self._twin(point) in self._measured
+
+    def _measure(self, point: Point) -> Measured:
+        if point not in self._measured:
+            self._measured[point] = measure_in_child(self.config, point)
+        return self._measured[point]
 
     def _nearest(self, backend: str, size: int) -> Point:
-        """The point whose step is nearest to a size: a process's overhead grows with it, so it is learned at sizes that matter."""
-        points = [
-            Point(side, micro, self.config.train.recompute, backend) for side in self._sides() for micro in (1, 4)
-        ]
-        return min(points, key=lambda point: abs(math.log(self.simulate(point)[0].peak / size)))
+        """The point whose step is nearest to a size: a process's overhead grows with it, so it is learned at sizes that matter.
+
+        Among those that take seconds: attention's time grows faster than its memory.
+        """
+        micro = self.config.data.batch // self.config.train.accumulate
+        found: list[tuple[float, Point]] = []
+        for side in self._sides():
+            point = Point(side, micro, self.config.train.recompute, backend)
+            costs, _ = self.simulate(point)
+            if found and costs.work > MOST_WORK:
+                break
+            found.append((abs(math.log(costs.peak / size)), point))
+            if costs.peak > size:
+                break
+        return min(found, key=lambda pair: pair[0])[1]
 
     def _sides(self) -> list[int]:
-        """The config's patch, its half and its doubles, as far as the networks take them."""
+        """The config's patch, its halves and doubles, as far as the networks take them; from small to large."""
         given = self.config.data.patch
-        sides = [given // 2, given, given * 2, given * 4, given * 8]
-        return [side for side in sides if side == given or not patch_problems(self.config, side)]
+        sides = [given // 8, given // 4, given // 2, given, given * 2, given * 4, given * 8]
+        return [side for side in sides if side == given or (side and not patch_problems(self.config, side))]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What two measured steps tell of all others on their backend."""
+
+    rests: tuple[float, float]
+    """Bytes that their processes took besides what is counted."""
+    small: tuple[float, float]
+    """Their bytes in storages that a process keeps, between which there are holes."""
+    networks: tuple[float, float]
+    """Their student's bytes: its convolutions reorder tensors into buffers that no count from outside sees."""
+    rates: dict[str, float]
+    """Seconds that each part takes for its work."""
+    rest: float
+    """Seconds of a step over those of its parts."""
+
+    def besides(self, costs: StepCosts) -> float:
+        """Bytes of the process besides what is counted.
+
+        They grow with small storages and with the network's; a line through the two steps over either is too high where it blames the
+        growth on the wrong one, so the lower line counts.
+        """
+        lines = ((costs.small, *self.small), (costs.student.peak, *self.networks))
+        return min(self.rests[0] + self._slope(low, high) * (bytes_ - low) for bytes_, low, high in lines)
+
+    def _slope(self, low: float, high: float) -> float:
+        return max(0.0, (self.rests[1] - self.rests[0]) / (high - low)) if high > low else 0.0
+
+    def times(self, costs: StepCosts) -> tuple[StepCosts, float]:
+        """Simulated costs with seconds, and the seconds of the whole step."""
+        timed = costs.map(lambda name, cost: dataclasses.replace(cost, seconds=self.rates[name] * cost.work))
+        return timed, self.rest * timed.parts_seconds
+
+
+def learn(simulated: Sequence[tuple[StepCosts, int]], measured: Sequence[Measured]) -> Learned:
+    """From two steps; the times from the second, which is the larger."""
+    (first, one), (second, two) = simulated
+    rests = (measured[0].peak - dynamic(first, one), measured[1].peak - dynamic(second, two))
+    parts, found = simulated[1][0].parts(), measured[1]
+    rates = {name: cost.seconds / max(parts[name].work, 1.0) for name, cost in found.costs.parts().items()}
+    small, networks = (first.small, second.small), (first.student.peak, second.student.peak)
+    return Learned(rests, small, networks, rates, found.seconds / found.costs.parts_seconds)
 
 
 def patch_problems(config: Config, patch: int) -> list[str]:
@@ -275,14 +351,24 @@ def _child() -> None:
     config, point = Config.model_validate(job["config"]), Point(**job["point"])
     train_step = build(config, point.recompute)
     optimizer = make_optimizer(config.train, train_step)
-    seconds = []
-    for _ in range(2):  # the first is slower: it makes the optimiser's state and starts the threads
+    make_state(optimizer)
+    seconds: list[float] = []
+    while not seconds or (len(seconds) < 2 and seconds[0] < SHORT):
         started = time.perf_counter()
         training_step(train_step, config, point, optimizer)
         seconds.append(time.perf_counter() - started)
     peak = _process_peak()
     costs, _ = run_parts(train_step, config, point)
     print(json.dumps({"peak": peak, "seconds": seconds[-1], "costs": dataclasses.asdict(costs)}))
+
+
+def make_state(optimizer: torch.optim.Optimizer) -> None:
+    """The moments, as all steps but a run's first find them: a step with gradients of zero, which changes no weight but by decay."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def training_step(train_step: TrainStep, config: Config, point: Point, optimizer: torch.optim.Optimizer) -> None:

@@ -18,13 +18,13 @@ from trainers.plan import BACKENDS, Planned, Planner, Point, free_memory, patch_
 MIB, GIB = 2**20, 2**30
 
 
-def plan_command(config: Config, memory: str | None, patches: str | None, as_json: bool) -> bool:
+def plan_command(config: Config, memory: str | None, patches: str | None, longest: float, as_json: bool) -> bool:
     """Plan the config at each patch and print it; whether the first patch fits somehow.
 
     Raises:
         InputError: a size or a patch that cannot be.
     """
-    planner = Planner(config, free_memory() if memory is None else parse_bytes(memory))
+    planner = Planner(config, free_memory() if memory is None else parse_bytes(memory), longest)
     console = Console(stderr=as_json)
     found, fits = [], []
     for patch in _patches(config, patches):
@@ -38,7 +38,7 @@ def plan_command(config: Config, memory: str | None, patches: str | None, as_jso
         )
         console.print(_table(planned), highlight=False)
         for plan in planned:
-            console.print(verdict(plan, planner.memory), highlight=False, soft_wrap=True)
+            console.print(verdict(plan, planner.memory, planner.longest), highlight=False, soft_wrap=True)
         console.print(_proposed(proposal, planner.memory), highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps({"memory": planner.memory, "patches": found}, indent=1))
@@ -65,36 +65,39 @@ def _table(planned: Sequence[Planned]) -> Table:
     )
     table.add_column("part")
     for plan in planned:
-        how = "measured" if plan.measured else "simulated"
-        table.add_column(f"{plan.point.backend}\nMiB ({how})", justify="right")
-        table.add_column(f"{plan.point.backend}\nms" + ("" if plan.measured else " (not run)"), justify="right")
+        table.add_column(f"{plan.point.backend}\nMiB\n{how(plan)}", justify="right")
+        table.add_column(f"{plan.point.backend}\nms\n{how(plan)}", justify="right")
     for name in planned[0].costs.parts():
         cells = []
         for plan in planned:
             cost = plan.costs.parts()[name]
-            cells += [f"{cost.peak / MIB:,.1f}", f"{cost.seconds * 1e3:,.1f}" if plan.measured else ""]
+            cells += [f"{cost.peak / MIB:,.1f}", f"{cost.seconds * 1e3:,.1f}"]
         table.add_row(name, *cells)
     rows: dict[str, Callable[[Planned], int]] = {
         "weights, gradients, Adam": lambda plan: plan.costs.weights + plan.costs.trained + plan.costs.optimizer,
         "teacher features of the batch": lambda plan: plan.shared,
-        "process, at its highest": lambda plan: plan.peak,
     }
     for name, size in rows.items():
-        seconds = [
-            f"{plan.seconds * 1e3:,.1f}" if plan.seconds and name.startswith("process") else "" for plan in planned
-        ]
-        table.add_row(
-            name, *(c for plan, ms in zip(planned, seconds, strict=True) for c in (f"{size(plan) / MIB:,.1f}", ms))
-        )
+        if any(size(plan) for plan in planned):
+            table.add_row(name, *(cell for plan in planned for cell in (f"{size(plan) / MIB:,.1f}", "")))
+    whole = [cell for plan in planned for cell in (f"{plan.peak / MIB:,.1f}", f"{plan.seconds * 1e3:,.1f}")]
+    table.add_row("process, at its highest", *whole)
     return table
 
 
-def verdict(plan: Planned, memory: int) -> str:
+def how(plan: Planned) -> str:
+    """Where a plan's figures come from."""
+    return "measured" if plan.measured else "simulated"
+
+
+def verdict(plan: Planned, memory: int, longest: float) -> str:
     """Whether a plan fits, with its number."""
-    how = "measured" if plan.measured else "simulated"
-    needs = f"{plan.point.backend}: {plan.peak / GIB:.2f} GiB ({how})"
+    needs = f"{plan.point.backend}: {plan.peak / GIB:.2f} GiB ({how(plan)})"
     if plan.peak <= memory:
-        return f"{needs} fits in {memory / GIB:.2f} GiB"
+        unseen = (
+            "" if plan.measured or plan.seconds <= longest else f", but was not run: it takes {plan.seconds:,.0f} s"
+        )
+        return f"{needs} fits in {memory / GIB:.2f} GiB{unseen}"
     return f"{needs} is refused: above {memory / GIB:.2f} GiB; {plan.costs.largest()}"
 
 
@@ -102,8 +105,8 @@ def _proposed(proposal: tuple[Planned, list[str]] | None, memory: int) -> str:
     if proposal is None:
         return f"no micro-batch fits in {memory / GIB:.2f} GiB, not even one sample with recomputed activations: lower data.patch"
     plan, settings = proposal
-    how = " ".join(f"--set {setting}" for setting in settings)
-    return f"to fit in {memory / GIB:.2f} GiB: {how} (micro-batches of {plan.point.micro}, {plan.peak / GIB:.2f} GiB simulated)"
+    given = " ".join(f"--set {setting}" for setting in settings)
+    return f"to fit in {memory / GIB:.2f} GiB: {given} (micro-batches of {plan.point.micro}, {plan.peak / GIB:.2f} GiB simulated)"
 
 
 def _plain(plan: Planned) -> dict[str, Any]:

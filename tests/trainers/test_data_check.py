@@ -101,6 +101,11 @@ def test_everything_wrong_is_counted(tmp_path: Path, capsys: pytest.CaptureFixtu
     for text in ("lonely.png: has no input", "orphan.png: belongs to no ground", "wrong scale: ", "b.png: 16x12"):
         assert text in said
     assert "data.train" not in said
+    rows = [line.strip("│").split("│") for line in said.splitlines() if line.startswith("│")]
+    cells = [
+        " ".join(" ".join(column).split()) for column in zip(*rows, strict=True)
+    ]  # in the 80 columns that a pipe has
+    assert cells == ["target", "input", "6", "x1", "2 unpaired, 1 wrong scale, 2 corrupt, 1 too small, 1 names"]
 
 
 def test_ground_truths_and_inputs_in_one_folder(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ from trainers.config import Config
 from trainers.config_file import load_config
 from trainers.errors import InputError
 from trainers.fields import parse_bytes
-from trainers.footprint import LiveBytes, scratch_bytes
+from trainers.footprint import Cost, StepCosts
+from trainers.live_bytes import BALANCE, LiveBytes, Meter, operator_work, scratch_bytes
 from trainers.methods import METHODS
-from trainers.plan import Planner, Point, dynamic, measure_in_child
+from trainers.plan import Learned, Measured, Planner, Point, dynamic, learn, measure_in_child
+from trainers.plan_table import verdict
 from trainers.recompute import recompute, repeated_blocks
 
 MIB = 2**20
+ROOT = Path(__file__).parents[2]
 
 
 def config_of(folder: Path, method: str = "facd", **train: Any) -> Config:
@@ -42,16 +46,39 @@ def test_live_bytes_count_each_storage_once_until_it_dies() -> None:
         assert (live.current, live.peak) == (0, 8000)
 
 
+def test_a_meter_within_another_leaves_its_peak() -> None:
+    with LiveBytes() as live:
+        outer = Meter(live)
+        torch.zeros(1000)
+        inner = Meter(live)
+        small = torch.zeros(10)
+        assert (inner.read().peak, inner.read().held) == (40, 40)
+        assert (outer.read().peak, outer.read().held) == (4000, 40)
+        del small
+
+
+def test_work_is_flops_and_bytes() -> None:
+    with LiveBytes() as live:
+        a, b = torch.zeros(8, 16), torch.zeros(16, 4)
+        before = live.work
+        product = a @ b
+        assert live.work - before == 2 * 8 * 16 * 4 + BALANCE * 4 * (a.numel() + b.numel() + product.numel())
+        product.T.unsqueeze(0)  # a view
+        assert live.work - before == 2 * 8 * 16 * 4 + BALANCE * 4 * (a.numel() + b.numel() + product.numel())
+
+
 @pytest.mark.parametrize("name", sorted(SPECS))
-def test_scratch_of_every_op_is_understood(name: str) -> None:
+def test_scratch_and_work_of_every_op_are_understood(name: str) -> None:
     """A raw operator's arguments are matched with those of the public function by name, forward and backward."""
     spec = SPECS[name]
-    seen: list[int] = []
+    seen: list[tuple[int, float]] = []
 
     class Recorded(LiveBytes):
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
             if func.namespace == "kdops":
-                seen.append(scratch_bytes(func, args))
+                out = super().__torch_dispatch__(func, types, args, kwargs)
+                seen.append((scratch_bytes(func, args), operator_work(func, args, kwargs or {}, out)))
+                return out
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     sample = spec.samples[0]
@@ -61,11 +88,14 @@ def test_scratch_of_every_op_is_understood(name: str) -> None:
         results = [r for r in (out if isinstance(out, (tuple, list)) else [out]) if r.requires_grad]
         if results:
             torch.autograd.grad([r.sum() for r in results], tensors, allow_unused=True)
-    assert all(size >= 0 for size in seen)
+    assert all(size >= 0 and work > 0 for size, work in seen)
     assert seen or not spec.raw_ops
 
 
-SIMULATED = [(method, "kdops") for method in METHODS if method not in ("slkd", "sliced")] + [("facd", "reference")]
+SIMULATED = [(method, "kdops") for method in METHODS if method not in ("slkd", "sliced")] + [
+    ("facd", "reference"),
+    ("skd", "reference"),
+]
 
 
 @pytest.mark.parametrize(("method", "backend"), SIMULATED)
@@ -82,7 +112,11 @@ def test_fake_tensors_cost_what_real_ones_cost(tmp_path: Path, method: str, back
     assert set(fake.terms) == set(real.terms)
     for name, cost in fake.terms.items():
         assert cost.peak == pytest.approx(real.terms[name].peak, rel=0.01, abs=1024)
+        assert cost.work == pytest.approx(real.terms[name].work, rel=0.01, abs=1e5)
     assert fake.student.peak == pytest.approx(real.student.peak, rel=0.01)
+    assert fake.student.work == pytest.approx(real.student.work, rel=0.01)
+    # The step holds what a part holds; a part alone keeps what it shares with others a little longer.
+    assert all(part.peak <= 1.02 * fake.peak for part in fake.parts().values())
     assert fake.weights > fake.trained > 0
 
 
@@ -112,9 +146,79 @@ def test_a_process_peak_is_predicted_within_ten_percent(tmp_path: Path) -> None:
         assert predicted == pytest.approx(measured, rel=0.1)
 
 
+def costs_of(work: float, seconds: float, peak: int = 0) -> StepCosts:
+    """A step whose loss does `work` and whose student does a tenth of it."""
+    student, loss = Cost(peak, seconds=seconds / 2, work=work / 10), Cost(seconds=seconds, work=work)
+    return StepCosts(student, {}, {"pixel": loss}, peak, weights=0, trained=0, seconds=2 * seconds, small=peak)
+
+
+def test_times_and_memory_are_learned_from_two_steps() -> None:
+    """Times from the larger, part by part; memory from their difference."""
+    simulated = [(costs_of(1e6, 0.0, peak), 0) for peak in (100, 300)]
+    measured = [Measured(peak, 6.0, costs_of(1e6, 2.0)) for peak in (1000 + 150, 1000 + 450)]
+    learned = learn(simulated, measured)
+    assert [learned.besides(costs_of(1e6, 0.0, peak)) for peak in (100, 300, 500)] == [1050, 1150, 1250]
+    mostly_large = dataclasses.replace(costs_of(1e6, 0.0, 500), small=300)
+    assert learned.besides(mostly_large) == 1150
+    timed, seconds = learned.times(costs_of(5e6, 0.0))
+    assert timed.terms["pixel"].seconds == pytest.approx(10.0)
+    assert timed.student.seconds == pytest.approx(5.0)
+    assert seconds == pytest.approx(5 * 6.0)
+
+
+def test_a_step_that_takes_long_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, "scratch")
+    learned = Learned((0, 0), (0, 0), (0, 0), {"student": 1e-6, "loss pixel": 0.0}, 1.0)
+    monkeypatch.setattr(Planner, "_of_backend", lambda self, backend: learned)
+    monkeypatch.setattr("trainers.plan.measure_in_child", lambda config, point: 1 / 0)
+    point = Point(64, 4, False, "reference")
+    seconds = Planner(config, 2**40).predict(point).seconds
+    plan = Planner(config, 2**40, longest=0.9 * seconds).plan(point)
+    assert (plan.measured, plan.seconds) == (False, seconds)
+    assert "but was not run: it takes" in verdict(plan, 2**40, 0.9 * seconds)
+    with pytest.raises(ZeroDivisionError):
+        Planner(config, 2**40, longest=1.1 * seconds).plan(point)
+
+
+def test_what_is_the_same_on_both_backends_is_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[Point] = []
+
+    def measure(config: Config, point: Point) -> Measured:
+        run.append(point)
+        names = ["pixel"] if config.method.name == "scratch" else ["pixel", "output", "contrast"]
+        teachers = {} if config.method.name == "scratch" else {"teacher": Cost(seconds=1.0)}
+        terms = {name: Cost(seconds=1.0) for name in names}
+        return Measured(2**20, 1.0, StepCosts(Cost(seconds=1.0), teachers, terms, 0, 0, 0, 1.0))
+
+    monkeypatch.setattr("trainers.plan.measure_in_child", measure)
+    for method, backends in (("scratch", {"kdops"}), ("facd", {"kdops", "reference"})):
+        run.clear()
+        planner = Planner(config_of(tmp_path, method), 2**40)
+        plans = [planner.plan(Point(32, 4, False, backend)) for backend in ("kdops", "reference")]
+        assert [plan.point.backend for plan in plans] == ["kdops", "reference"]
+        assert {point.backend for point in run} == backends
+        assert len(run) == len(set(run))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_attention_at_full_resolution_fits_where_the_reference_is_refused() -> None:
+    """One SKD step of a thin Restormer at patch 256, with attention between 65,536 positions: run for real."""
+    config = load_config(ROOT / "benchmarks" / "plans.yaml", ["data.batch=1", "data.patch=256"])
+    planner, point = Planner(config, 4 * 2**30), Point(256, 1, False, "kdops")
+    found = measure_in_child(config, point)
+    assert found.peak < 4 * 2**30
+    assert planner.predict(point).peak == pytest.approx(found.peak, rel=0.1)
+    reference = planner.plan(Point(256, 1, False, "reference"))
+    assert reference.peak > 4 * 65536**2 * 4  # four maps of N x N in float32
+    assert "is refused: above 4.00 GiB; most is taken by loss spatial" in verdict(reference, planner.memory, 60)
+
+
 def test_proposals_halve_the_micro_batch_then_recompute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path, "output")
-    monkeypatch.setattr(Planner, "_of_process", lambda self, backend: (0.0, 0.0))
+    costs = Planner(config, 2**40).simulate(Point(64, 4, False, "kdops"))[0]
+    nothing = Learned((0, 0), (0, 0), (0, 0), dict.fromkeys(costs.parts(), 0.0), 1.0)
+    monkeypatch.setattr(Planner, "_of_backend", lambda self, backend: nothing)
     free = Planner(config, 2**40)
 
     def needs(micro: int, again: bool) -> int:
