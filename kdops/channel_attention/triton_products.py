@@ -208,8 +208,8 @@ def gram_tile(channels: int, dtype: torch.dtype, grams: int) -> Tile:
     block = min((largest, max(16, largest // 2)), key=lambda size: (triton.cdiv(channels, size) * size, -size))
     if dtype == torch.float32:
         return Tile(block, 32, 32, 8 if block == 64 else 4, 2)
-    # On sm_100 ptxas spills registers of four warps, to fit more programs.
-    wide = block == 128 or (block == 64 and tiles.architecture() == "cuda:100")
+    # On sm_100, and for four maps, ptxas spills registers of four warps.
+    wide = block == 128 or (block == 64 and (grams == 3 or tiles.architecture() == "cuda:100"))
     return Tile(block, 64, 64, 8 if wide else 4, 4)
 
 
