@@ -51,9 +51,9 @@ def accumulator(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def gradient_like(t: Tensor, needed: bool) -> Tensor:
+def gradient_like(t: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
     """What a backward operator returns for the input `t`, unwritten: its dense strides, or no elements where nobody asked."""
-    return torch.empty_like(t) if needed else t.new_empty(0)
+    return torch.empty_like(t, dtype=dtype) if needed else t.new_empty(0, dtype=dtype)
 
 
 def op(name: str, suffix: str = "") -> Op:

@@ -130,11 +130,12 @@ def _flops(
 def _scratch_bytes(
     query: Tensor, key: Tensor, *others: Tensor, heads: int = 1, backward: bool = False, **kwargs: Any
 ) -> int:
-    # C x C matrices: the attention, packed, sums over chunks of positions; in backward three more. And three packed tiles a thread.
+    # C x C matrices: the attention, packed, sums over chunks of positions; in backward three more. With a target a GPU sums up three
+    # Grams, and that of the residual for samples close to it. And three packed tiles a thread.
     matrix = query.shape[0] * query.shape[1] * key.shape[1] // heads * max(4, query.element_size())
-    chunks = min(32, query.shape[2:].numel() // 1024 + 1)
+    sums = min(32, query.shape[2:].numel() // 1024 + 1) * (4 if len(others) > 1 else 1)
     tile = max(4, query.element_size()) * 2**16
-    return (2 + chunks + 3 * backward) * matrix + 3 * tile * torch.get_num_threads()
+    return (2 + sums + 3 * backward) * matrix + 3 * tile * torch.get_num_threads()
 
 
 # --- backends and samples --------------------------------------------------------------------------------------------------------

@@ -203,13 +203,15 @@ RESIDENT = 2  # programs for each multiprocessor are launched at most: all start
 
 def gram_tile(channels: int, dtype: torch.dtype, grams: int) -> Tile:
     """Small enough that no register spills; of two sizes that one which leaves less of its last block empty."""
-    largest = 64 if dtype == torch.float32 or grams > 1 else 128
-    largest = min(largest, max(16, triton.next_power_of_2(channels)))
+    most = 64 if dtype == torch.float32 or grams > 1 else 128
+    if dtype == torch.float32 and grams > 1 and tiles.architecture() == "cuda:80":
+        most = 32
+    largest = min(most, max(16, triton.next_power_of_2(channels)))
     block = min((largest, max(16, largest // 2)), key=lambda size: (triton.cdiv(channels, size) * size, -size))
     if dtype == torch.float32:
-        return Tile(block, 32, 32, 8 if block == 64 else 4, 2)
-    # On sm_100 ptxas spills registers of four warps, to fit more programs.
-    wide = block == 128 or (block == 64 and tiles.architecture() == "cuda:100")
+        return Tile(block, 32, 32, 8 if block == most else 4, 2)
+    # On sm_100, and for four maps, ptxas spills registers of four warps.
+    wide = block == 128 or (block == 64 and (grams == 3 or tiles.architecture() == "cuda:100"))
     return Tile(block, 64, 64, 8 if wide else 4, 4)
 
 
@@ -217,7 +219,7 @@ def mix_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
     """As above; of bfloat16 all columns of the matrix are held where they are few."""
     tile = gram_tile(rows, dtype, 1)
     if dtype == torch.float32:
-        return tile._replace(positions=64)
+        return tile._replace(positions=32 if tiles.architecture() == "cuda:80" else 64)
     depth = max(16, triton.next_power_of_2(columns))
     if depth > 128:
         return tile._replace(positions=128 if tile.block == 128 else 64, stages=3)

@@ -37,14 +37,26 @@ def _fake(
     Slopes are moments of the codes under the softmaxes: one vector for each position, whatever its upstream gradient will be. Keeping them
     saves the backward pass two products of five. They are made where a gradient will be asked for, else they are empty.
     """
-    positions, dtype = _positions(student), accumulator(student)
-    slopes = [(positions, student.shape[1]) if needed else (0,) for needed in (need_student, need_teacher)]
+    slopes = [(_positions(student), student.shape[1]) if needed else (0,) for needed in (need_student, need_teacher)]
+    dtype = accumulator(student)
     return (
-        student.new_empty(positions, dtype=dtype),
-        student.new_empty((5, positions), dtype=dtype),
+        *_fake_statistics(student),
         student.new_empty(slopes[0], dtype=dtype),
         student.new_empty(slopes[1], dtype=dtype),
     )
+
+
+def _fake_triton(
+    student: Tensor, teacher: Tensor, codebook: Tensor, temperature: float, need_student: bool, need_teacher: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, with slopes in the shape and the strides of the maps: then backward reads and writes in one order."""
+    slopes = (gradient_like(t, need, torch.float32) for t, need in ((student, need_student), (teacher, need_teacher)))
+    return *_fake_statistics(student), *slopes  # type: ignore[return-value]
+
+
+def _fake_statistics(student: Tensor) -> tuple[Tensor, Tensor]:
+    positions, dtype = _positions(student), accumulator(student)
+    return student.new_empty(positions, dtype=dtype), student.new_empty((5, positions), dtype=dtype)
 
 
 def _fake_backward(
@@ -87,7 +99,7 @@ def _backward(op: registration.Op) -> Callable[..., Any]:
     return backward
 
 
-registration.define("codebook_cross_entropy", FORWARD, _fake, TRITON)
+registration.define("codebook_cross_entropy", FORWARD, _fake, TRITON, triton_fake=_fake_triton)
 registration.define("codebook_cross_entropy_backward", BACKWARD, _fake_backward, TRITON)
 registration.differentiate("codebook_cross_entropy", _setup_context, _backward, NO_DOUBLE_BACKWARD)
 

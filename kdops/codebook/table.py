@@ -42,11 +42,16 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         **FLOAT32,
     },
     "cuda": {
-        ("statistics", 2): {128: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2), 1024: Tile(32, 32, 8, 1)},
+        ("student", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2)},
+        ("statistics", 2): {
+            128: Tile(128, 64, 8, 2),
+            256: Tile(64, 32, 4, 2),
+            512: Tile(64, 32, 8, 2),
+            1024: Tile(32, 32, 8, 1),
+        },
         ("slopes", 2): {
-            64: Tile(128, 64, 8, 2),
-            128: Tile(64, 64, 8, 2),
-            256: Tile(64, 32, 8, 2),
+            128: Tile(128, 64, 8, 2),
+            256: Tile(128, 32, 8, 2),
             512: Tile(32, 32, 8, 2),
             1024: Tile(16, 32, 8, 1),
         },
@@ -62,16 +67,27 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         ("code_sums", 4): {64: Tile(32, 32, 4, 1), 512: Tile(16, 32, 4, 1, 128, 64)},
     },
     "interpreter": {
-        (kernel, size): {128: Tile(64, 64, 4, 1), 512: Tile(64, 64, 4, 1, 128, 64)}
-        for kernel in ("statistics", "slopes", "code_sums")
-        for size in (2, 4)
+        **{
+            (kernel, size): {128: Tile(64, 64, 4, 1), 512: Tile(64, 64, 4, 1, 128, 64)}
+            for kernel in ("statistics", "slopes", "code_sums")
+            for size in (2, 4)
+        },
+        **{("student", size): {64: Tile(64, 64, 4, 1)} for size in (2, 4)},
     },
 }
 
 
 def tile_for(kernel: str, channels: int, dtype: torch.dtype) -> Tile:
     """From the table; more channels than it knows get its last tile."""
-    architecture = tiles.architecture()
-    table = TILES.get(architecture) or TILES[architecture.partition(":")[0]]
-    sizes = table[kernel, dtype.itemsize]
+    sizes = _table()[kernel, dtype.itemsize]
     return next((tile for most, tile in sizes.items() if channels <= most), sizes[max(sizes)])
+
+
+def in_one_sweep(channels: int, dtype: torch.dtype) -> bool:
+    """Whether the student's slopes are made in the sweep of the statistics, which holds two sums of so many channels, or in a second."""
+    return channels <= max(_table().get(("student", dtype.itemsize), {0: None}))
+
+
+def _table() -> dict[tuple[str, int], dict[int, Tile]]:
+    architecture = tiles.architecture()
+    return TILES.get(architecture) or TILES[architecture.partition(":")[0]]

@@ -2,8 +2,8 @@
 # (The arguments of a kernel have types of Triton, which Python's annotations cannot say.)
 """The cross-entropy over a codebook as Triton kernels.
 
-`_statistics` and `_slopes` keep a block of rows (positions of student and teacher) on chip while all codes pass by; `_code_sums` keeps a
-block of codes while a group of rows passes by. Logits stay in registers. No two programs write one number, so the same input gives
+`_sweep` and `_slopes` keep a block of rows (positions of student and teacher) on chip while all codes pass by; `_code_sums` keeps a block
+of codes while a group of rows passes by. Logits stay in registers. No two programs write one number, so the same input gives
 the same bits. Logits, exponentials and statistics are to the base 2.
 """
 
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from .. import tiles
 from ..layout import settle
+from ..registration import gradient_like
 from ..tiles import features
-from .table import tile_for
+from .table import in_one_sweep, tile_for
 
 # --- kernels ---------------------------------------------------------------------------------------------------------------------
 
@@ -42,16 +43,18 @@ def _finite(x, exists, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _statistics(
+def _sweep(
     student,
     teacher,
     codes,
     offsets,
     loss,  # (M,) float32
     statistics,  # (5, M) float32: maximum and sum of the student, of the teacher, and the teacher's mean of x (see below)
+    slopes,  # of the student, float32, at the rows; None: not wanted
     count: tl.int64,  # M
     scale,
     to_loss,  # ln(2)
+    factor,  # of the slopes
     C: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -60,7 +63,12 @@ def _statistics(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Both softmaxes and the cross-entropy, with x the student's logits minus their running maximum: no term of the loss is negative."""
+    """Both softmaxes and the cross-entropy, with x the student's logits minus their running maximum: no term of the loss is negative.
+
+    And, where PARTS hold all channels, the student's slopes[r] = sum over codes of (p - q) code. With u, v the exponentials and U, V their
+    sums so far, p = u / U and q = v / V, and the slopes are A / U with A the sum of (u - v U / V) code: weights are small where student and
+    teacher agree, so rounding them costs no digits there. As U / V changes, A moves by a multiple of B, the sum of v code.
+    """
     batch, first_row, _ = tiles.place(student, ROWS, 1)
     r = first_row + tl.arange(0, ROWS)
     inside = r < student.positions
@@ -71,6 +79,9 @@ def _statistics(
     s_sum = tl.zeros((ROWS,), tl.float32)
     t_sum = s_sum
     expected = s_sum
+    ratio = s_sum
+    difference = tiles.zero_features(ROWS, PARTS)  # A
+    of_teacher = tiles.zero_features(ROWS, PARTS)  # B
     for first in tl.range(0, codes.positions, CODES, num_stages=STAGES):
         k = first + tl.arange(0, CODES)
         exists = None if EVEN else k < codes.positions
@@ -83,13 +94,27 @@ def _statistics(
         s_maximum = tl.maximum(s_before, tl.max(s_logits, 1))
         t_maximum = tl.maximum(t_before, tl.max(t_logits, 1))
         x = s_logits - s_maximum[:, None]
-        q = tl.exp2(t_logits - t_maximum[:, None])
-        terms = q * _finite(x, (k < codes.positions)[None, :], EVEN)
+        v = tl.exp2(t_logits - t_maximum[:, None])
+        terms = v * _finite(x, (k < codes.positions)[None, :], EVEN)
+        u = tl.exp2(x)
         moved = tl.where(t_sum > 0, s_before - s_maximum, 0.0)  # what lies behind had larger x
-        shrink = tl.exp2(t_before - t_maximum)
-        expected = (expected + t_sum * moved) * shrink + tl.sum(terms, 1)
-        t_sum = t_sum * shrink + tl.sum(q, 1)
-        s_sum = s_sum * tl.exp2(s_before - s_maximum) + tl.sum(tl.exp2(x), 1)
+        s_shrink = tl.exp2(s_before - s_maximum)
+        t_shrink = tl.exp2(t_before - t_maximum)
+        expected = (expected + t_sum * moved) * t_shrink + tl.sum(terms, 1)
+        t_sum = t_sum * t_shrink + tl.sum(v, 1)
+        s_sum = s_sum * s_shrink + tl.sum(u, 1)
+        if slopes is not None:
+            before = ratio
+            ratio = s_sum / t_sum
+            moved_by = tiles.scale_features(of_teacher, s_shrink * before - t_shrink * ratio, PARTS)
+            difference = tiles.scale_features(difference, s_shrink, PARTS)
+            difference = difference[0] + moved_by[0], difference[1] + moved_by[1]
+            difference = tiles.add_product(difference, u - v * ratio[:, None], code, PARTS, PRECISION)
+            of_teacher = tiles.scale_features(of_teacher, t_shrink, PARTS)
+            of_teacher = tiles.add_product(of_teacher, v, code, PARTS, PRECISION)
+    if slopes is not None:
+        difference = tiles.scale_features(difference, factor / s_sum, PARTS)
+        tiles.store_features(slopes, difference, batch, r, 0, C, PARTS)
     expected = expected / t_sum
     m = batch * student.positions + r
     tiles.store(loss + m, (tl.log2(s_sum) - expected) * to_loss, inside)
@@ -266,8 +291,8 @@ def _map(t: Tensor) -> Tensor:
 def _launch_rows(kernel, problem: _Problem, which: str, *args: object) -> None:
     channels = problem.student.data.shape[1]
     tile = tile_for(which, channels, problem.student.data.dtype)
-    slices = 1 if kernel is _statistics else triton.cdiv(channels, tile.slice)  # statistics have no channels to share
-    result = () if kernel is _statistics else (slices, tiles.parts(min(channels, tile.slice)))
+    slices = 1 if kernel is _sweep else triton.cdiv(channels, tile.slice)  # one sweep does not share channels
+    result = () if kernel is _sweep else (slices, tiles.parts(min(channels, tile.slice)))
     kernel[(problem.student.data.shape[0] * slices * triton.cdiv(problem.student.positions, tile.rows),)](
         problem.student,
         problem.teacher,
@@ -290,25 +315,25 @@ def _launch_rows(kernel, problem: _Problem, which: str, *args: object) -> None:
 def codebook_cross_entropy(
     student: Tensor, teacher: Tensor, codebook: Tensor, temperature: float, need_student: bool, need_teacher: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss (M,), statistics (5, M), and slopes of the loss (M, D) for student and teacher, (0,) where one is not needed."""
+    """Loss (M,), statistics (5, M), and slopes of the loss with the dense strides of student and teacher, (0,) where not needed."""
     problem = _Problem.of(student, teacher, codebook, temperature)
-    batch, channels, count = problem.student.data.shape[0], student.shape[1], problem.positions
+    count, scale, factor = problem.positions, problem.scale, 2 / temperature
     loss = student.new_empty(count, dtype=torch.float32)
     statistics = student.new_empty((5, count), dtype=torch.float32)
-    slopes = [
-        student.new_empty((count, channels) if needed else 0, dtype=torch.float32)
-        for needed in (need_student, need_teacher)
-    ]
+    slopes = [gradient_like(t, need, torch.float32) for t, need in ((student, need_student), (teacher, need_teacher))]
+    columns = [
+        _map(t).flatten(2) if t.numel() > 0 else t for t in slopes
+    ]  # views, if positions are a fixed stride apart
     if count > 0:
-        _launch_rows(_statistics, problem, "statistics", loss, statistics, count, problem.scale, log(2))
-        for of_teacher, result in enumerate(slopes):
-            if result.numel() > 0:
-                maps = features(result.view(batch, -1, channels).mT)
-                factor = 2 / temperature * (log(2) if of_teacher else 1)
-                _launch_rows(
-                    _slopes, problem, "slopes", statistics, maps, count, problem.scale, factor, bool(of_teacher)
-                )
-    return loss, statistics, slopes[0], slopes[1]
+        of_student, of_teacher = (features(t) if t.numel() > 0 else None for t in columns)
+        at_once = of_student if in_one_sweep(student.shape[1], student.dtype) else None
+        which = "statistics" if at_once is None else "student"
+        _launch_rows(_sweep, problem, which, loss, statistics, at_once, count, scale, log(2), factor)
+        if need_student and at_once is None:
+            _launch_rows(_slopes, problem, "slopes", statistics, of_student, count, scale, factor, False)
+        if need_teacher:
+            _launch_rows(_slopes, problem, "slopes", statistics, of_teacher, count, scale, factor * log(2), True)
+    return loss, statistics, settle(slopes[0], columns[0]), settle(slopes[1], columns[1])
 
 
 def codebook_cross_entropy_backward(
@@ -337,15 +362,10 @@ def codebook_cross_entropy_backward(
 
 
 def _row_gradient(like: Tensor, slopes: Tensor, grad: Tensor, needed: bool) -> Tensor:
-    if not needed:
-        return like.new_empty(0)
-    gradient = torch.empty_like(like)
-    if gradient.numel() == 0:
-        return gradient
-    columns = _map(gradient).flatten(2)  # (B, D, N), a view where positions are a fixed stride apart
-    batch, channels, _ = columns.shape
-    torch.mul(slopes.view(batch, -1, channels).mT, grad.reshape(batch, 1, -1), out=columns)
-    return settle(gradient, columns)
+    gradient = gradient_like(like, needed)
+    if needed:
+        torch.mul(slopes, grad.reshape(like.shape[0], 1, *like.shape[2:]), out=gradient)
+    return gradient
 
 
 def _codebook_gradient(problem: _Problem, statistics: Tensor, grad: Tensor, temperature: float) -> Tensor:

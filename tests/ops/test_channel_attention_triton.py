@@ -36,16 +36,21 @@ def results(
     return [out.detach(), *torch.autograd.grad(out, list(own.values()), upstream)]
 
 
-def check(maps: list[Tensor], dtype: torch.dtype, distance: bool, heads: int = 1, floor: float = 8) -> None:
-    """At most three times as far from float64 as eager torch in the same dtype, and a few roundings."""
+def errors(maps: list[Tensor], dtype: torch.dtype, distance: bool, heads: int = 1) -> Tensor:
+    """How far ours and eager torch's are from float64: (2, results)."""
     maps_given: dict[int, Tensor] = {}
     rounded = [maps_given.setdefault(id(t), t.to(dtype)) for t in maps]
     mine = results(rounded, "triton", dtype, distance, heads)
     eager = results(rounded, "reference", dtype, distance, heads)
     exact = results(rounded, "reference", torch.float64, distance, heads)
-    for m, e, truth in zip(mine, eager, exact, strict=True):
-        assert m.dtype == dtype
-        assert relative_error(m, truth) <= 3 * relative_error(e, truth) + floor * EPS[dtype]
+    assert all(m.dtype == dtype for m in mine)
+    return torch.tensor([[relative_error(t, e) for t, e in zip(r, exact, strict=True)] for r in (mine, eager)])
+
+
+def check(maps: list[Tensor], dtype: torch.dtype, distance: bool, heads: int = 1, floor: float = 8) -> None:
+    """At most three times as far from float64 as eager torch in the same dtype, and a few roundings."""
+    mine, eager = errors(maps, dtype, distance, heads)
+    assert (mine <= 3 * eager + floor * EPS[dtype]).all()
 
 
 FORMS = {
@@ -97,10 +102,18 @@ def near(maps: list[Tensor], difference: float) -> Tensor:
 @pytest.mark.parametrize("difference", [0.3, 1e-2, 1e-4])
 @pytest.mark.parametrize("form", ["all", "key is value"])
 def test_networks_close_by(difference: float, form: str) -> None:
-    """Student and target that differ by 30 %, 1 % and 0.01 %: as exact as eager torch, which forms the output."""
-    maps = [drawn(3, c, 9, 11, seed=i) for i, c in enumerate((12, 20, 20))]
-    maps = [maps[i] for i in FORMS[form][:3]]
-    check([*maps, near(maps, difference)], torch.float32, True)
+    """Student and target that differ by 30 %, 1 % and 0.01 %: as exact as eager torch, which forms the output.
+
+    On the mean of eight draws: where most digits cancel, eager torch is ten times as exact for one draw as for the next.
+    """
+
+    def of_draw(draw: int) -> Tensor:
+        maps = [drawn(3, c, 9, 11, seed=10 * draw + i) for i, c in enumerate((12, 20, 20))]
+        maps = [maps[i] for i in FORMS[form][:3]]
+        return errors([*maps, near(maps, difference)], torch.float32, True)
+
+    mine, eager = torch.stack([of_draw(draw) for draw in range(8)]).mean(0)
+    assert (mine <= 2 * eager + 8 * EPS[torch.float32]).all()
 
 
 def test_only_close_samples_take_the_direct_form(monkeypatch: pytest.MonkeyPatch) -> None:
