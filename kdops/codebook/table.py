@@ -52,6 +52,7 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         ("slopes", 2): {
             128: Tile(128, 64, 8, 2),
             256: Tile(128, 32, 8, 2),
+            384: Tile(32, 32, 8, 1),
             512: Tile(32, 32, 8, 2),
             1024: Tile(16, 32, 8, 1),
         },
