@@ -20,6 +20,7 @@ class Tile(NamedTuple):
     stages: int
     slice: int = ALL  # channels of the result that a program sums up: more are shared among several programs
     held: int = ALL  # channels of the logits on chip at a time: more of them stream through, so many at a time
+    precision: str | None = None  # of products of float32; None: that of tiles.precision()
 
 
 # By architecture or the first part of its name, kernel and bytes of a number: the tile of up to so many channels. Chosen among the
@@ -75,6 +76,10 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         },
         **{("student", size): {64: Tile(64, 64, 4, 1)} for size in (2, 4)},
     },
+}
+# On an H100, triton 3.6: as of spatial attention, products of float32 on tensor cores were wrong with 32 channels and more (2026-11-26).
+TILES["cuda:90"] = TILES["cuda"] | {
+    key: {most: tile._replace(precision="ieee") for most, tile in sizes.items()} for key, sizes in FLOAT32.items()
 }
 
 

@@ -34,11 +34,7 @@ from .table import tile_for
 def _statistic(statistics, features, batch, n, inside):
     """The number of each position n of a sample; `inside` says which there are, or is None where all are."""
     pointers = statistics + batch * features.positions + n
-    if inside is None:
-        values = tl.load(pointers)
-    else:
-        values = tl.load(pointers, mask=inside, other=0.0)
-    return values
+    return tl.load(pointers) if inside is None else tl.load(pointers, mask=inside, other=0.0)
 
 
 @triton.jit
