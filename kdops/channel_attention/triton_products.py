@@ -210,19 +210,20 @@ def gram_tile(channels: int, dtype: torch.dtype, grams: int) -> Tile:
     block = min((largest, max(16, largest // 2)), key=lambda size: (triton.cdiv(channels, size) * size, -size))
     if dtype == torch.float32:
         return Tile(block, 32, 32, 8 if block == most else 4, 2)
-    # On sm_100, and for four maps, ptxas spills registers of four warps.
-    wide = block == 128 or (block == 64 and (grams == 3 or tiles.architecture() == "cuda:100"))
+    # On sm_80 and sm_100, and for four maps, ptxas spills registers of four warps.
+    wide = block == 128 or (block == 64 and (grams == 3 or tiles.architecture() in ("cuda:80", "cuda:100")))
     return Tile(block, 64, 64, 8 if wide else 4, 4)
 
 
 def mix_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
     """As above; of bfloat16 all columns of the matrix are held where they are few."""
     tile = gram_tile(rows, dtype, 1)
+    few = tiles.architecture() == "cuda:80"  # registers
     if dtype == torch.float32:
-        return tile._replace(positions=32 if tiles.architecture() == "cuda:80" else 64)
+        return tile._replace(positions=32 if few else 64)
     depth = max(16, triton.next_power_of_2(columns))
     if depth > 128:
-        return tile._replace(positions=128 if tile.block == 128 else 64, stages=3)
+        return tile._replace(positions=128 if tile.block == 128 and not few else 64, stages=3)
     return tile._replace(depth=depth, positions=64, stages=3)
 
 
