@@ -86,8 +86,8 @@ def summary(rows: list[Row]) -> str:
 def table(rows: list[Row]) -> str:
     """One line for each case and provider."""
     lines = [
-        "| case | provider | median, ms | spread, ms | best other / this | share of floor | peak, MiB | tensors, MiB | error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| case | provider | median, ms | spread, ms | host, ms | best other / this | share of floor | peak, MiB | tensors, MiB | error |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for case in by_case(rows):
         lines += [_line(row, best_baseline(case)) for row in case]
@@ -98,11 +98,12 @@ def _line(row: Row, best: float | None) -> str:
     title = f"{row['case']}, {row['shape']}, {row['dtype']}, {row['mode']}"
     name = f"**{row['provider']}**" if row["provider"].startswith(OURS) else row["provider"]
     if row["refused"]:
-        return f"| {title} | {name} | not measured: {row['refused']} | | | | | | |"
+        return f"| {title} | {name} | not measured: {row['refused']} | | | | | | | |"
     median = float(row["median_ms"])
     ratio = f"{best / median:.2f}" if best else ""
     share = f"{100 * float(row['floor_ms']) / median:.0f} %" if row["floor_ms"] else ""
-    figures = [row["median_ms"], row["spread_ms"], ratio, share, row["peak_mib"], row["tensors_mib"], row["error"]]
+    times = [row["median_ms"], row["spread_ms"], row["host_ms"]]
+    figures = [*times, ratio, share, row["peak_mib"], row["tensors_mib"], row["error"]]
     return f"| {title} | {name} | {' | '.join(figures)} |"
 
 
