@@ -222,9 +222,10 @@ def mix_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return tile._replace(positions=32 if few else 64)
     depth = max(16, triton.next_power_of_2(columns))
+    tile = tile._replace(warps=8 if tile.block == 128 or (tile.block == 64 and few) else 4, positions=64, stages=3)
     if depth > 128:
-        return tile._replace(positions=128 if tile.block == 128 and not few else 64, stages=3)
-    return tile._replace(depth=depth, positions=64, stages=3)
+        return tile._replace(positions=128 if tile.block == 128 and not few else 64)
+    return tile._replace(depth=depth)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
