@@ -1,7 +1,8 @@
 """Times tiles of spatial attention on the GPU that is here: `python -m benchmarks.tune [CHANNELS ...]`.
 
-The fastest belong into kdops/spatial_attention/table.py. All candidates are compiled first, by a process for each core, then timed one after the other: bfloat16, 65,536 positions, contiguous
-maps. A line for each sweep, fastest first: rows x columns x warps x stages and milliseconds.
+The fastest belong into kdops/spatial_attention/table.py. All candidates are compiled first, by a process for each core, then timed one
+after the other: bfloat16, 65,536 positions, contiguous maps. A line for each sweep, fastest first: rows x columns x warps x stages and
+milliseconds.
 """
 
 from __future__ import annotations

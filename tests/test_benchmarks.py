@@ -204,3 +204,10 @@ def test_the_check_compares_with_the_fastest_stored_baseline() -> None:
         "channel_attention",
         "spatial_attention",
     }
+
+
+@pytest.mark.parametrize("channels", [64, 128])
+def test_tiles_that_were_measured_are_tried_again(channels: int) -> None:
+    tune = pytest.importorskip("benchmarks.tune", reason="needs triton")
+    table = tune.table.TILES["cuda:90"]
+    assert {table[sweep, 2][channels] for sweep in tune.SWEEPS} <= set(tune.candidates(channels))
