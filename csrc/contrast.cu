@@ -271,7 +271,8 @@ int64_t tile_rows(int64_t rows) {
 template <typename scalar_t, int P>
 void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows rows_of_y, const Problem& problem,
                       Tensor& result) {
-  constexpr int vector = 8 / sizeof(scalar_t);
+  // Of float16 fewer: converted to float32 they take two registers more than bfloat16, which would spill.
+  constexpr int vector = std::is_same_v<scalar_t, Half> ? 2 : 8 / sizeof(scalar_t);
   const int64_t in_x = tile_rows(problem.rows_x), in_y = tile_rows(problem.rows_y);
   const Tiles tiles{divide_up(problem.rows_x, in_x), divide_up(problem.rows_y, in_y), problem.symmetric};
   // As many chunks as fill the device a whole number of times, so that no multiprocessor waits for the last ones.

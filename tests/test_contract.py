@@ -455,7 +455,7 @@ def test_14_extreme_values_behave_as_in_the_reference(case: Case, extreme: str) 
     # eager's own error, by the largest gradient, and, as eager may happen to be exact, by the square of one rounding of the constant.
     largest = max((float(g[g.isfinite()].abs().amax()) for g in eager_grads if g.isfinite().any()), default=0.0)
     rounding = (torch.finfo(torch.float32).eps * 3.0) ** 2 if extreme == "constant" else 0.0
-    floors = [rounding] * len(outs) + [1e-6 * largest] * len(grads)
+    floors = [rounding] * len(outs) + [16 * torch.finfo(torch.float32).eps * largest] * len(grads)
     results = zip((*outs, *grads), (*eager_outs, *eager_grads), (*exact_outs, *exact_grads), floors, strict=True)
     for mine, eager, exact, floor in results:
         error = (eager.double() - exact.double())[eager.isfinite() & exact.isfinite()].abs()

@@ -1,6 +1,6 @@
 """Every Triton kernel compiles for GPUs of three generations (and AMD's), fits their shared memory and spills no register.
 
-The slow test compiles for all of them, the others for two, one dtype and count of channels.
+The slow test compiles for all of them, the others for sm_90, mostly one dtype and count of channels.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def test_every_variant_compiles_fits_and_does_not_spill(tmp_path: Path) -> None:
 
 
 def test_every_kernel_of_every_op_is_compiled(records: Records) -> None:
-    check_that_nothing_is_left_out(records, {"cuda:90", "cuda:100"})
+    check_that_nothing_is_left_out(records, {"cuda:90"})
 
 
 def check_that_nothing_is_left_out(records: Records, targets: set[str]) -> None:

@@ -82,8 +82,8 @@ def _compare(
     square = tl.sum(tiles.load(grams + SQUARES + r, r < R).to(tl.float64))
     products = weights.to(tl.float64) * (slopes.to(tl.float64) - cross.to(tl.float64))
     distance = square + tl.sum(tl.where(inside, products, 0.0))
-    tl.store(parts + program * 2, distance)
-    tl.store(parts + program * 2 + 1, square)
+    tiles.store(parts + program * 2, distance, True)
+    tiles.store(parts + program * 2 + 1, square, True)
 
 
 @triton.jit
@@ -136,8 +136,8 @@ def _settle(
                     of_rows = residual + (head * chunks + chunk) * width + R * C + r
                     square += tiles.load(of_rows, r < R).to(tl.float64)
             distance = tl.sum(square)
-        tl.store(distances + sample, distance.to(tl.float32))
-        tl.store(close + sample, direct.to(tl.int32))
+        tiles.store(distances + sample, distance, True)
+        tiles.store(close + sample, direct, True)
 
 
 @triton.jit(do_not_specialize=["scale", "R", "C"])
