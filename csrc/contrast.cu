@@ -271,8 +271,8 @@ int64_t tile_rows(int64_t rows) {
 template <typename scalar_t, int P>
 void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows rows_of_y, const Problem& problem,
                       Tensor& result) {
-  // Of float16 fewer: converted to float32 they take two registers more than bfloat16, which would spill.
-  constexpr int vector = std::is_same_v<scalar_t, Half> ? 2 : 8 / sizeof(scalar_t);
+  // Four of the others spill: float16 takes more registers to convert, and squares more than absolute values.
+  constexpr int vector = std::is_same_v<scalar_t, BFloat16> && P == 1 ? 4 : 2;
   const int64_t in_x = tile_rows(problem.rows_x), in_y = tile_rows(problem.rows_y);
   const Tiles tiles{divide_up(problem.rows_x, in_x), divide_up(problem.rows_y, in_y), problem.symmetric};
   // As many chunks as fill the device a whole number of times, so that no multiprocessor waits for the last ones.
