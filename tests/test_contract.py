@@ -454,6 +454,7 @@ def test_14_extreme_values_behave_as_in_the_reference(case: Case, extreme: str) 
     # What is zero but for rounding (the gradient of a softmax over constant values, a squared distance of equal ones) is measured by
     # eager's own error, by the largest gradient, and, as eager may happen to be exact, by the square of one rounding of the constant.
     largest = max((float(g[g.isfinite()].abs().amax()) for g in eager_grads if g.isfinite().any()), default=0.0)
+    # 16 roundings of the largest gradient: how far sums over all channels were off (11) where eager's own error was smaller.
     rounding = (torch.finfo(torch.float32).eps * 3.0) ** 2 if extreme == "constant" else 0.0
     floors = [rounding] * len(outs) + [16 * torch.finfo(torch.float32).eps * largest] * len(grads)
     results = zip((*outs, *grads), (*eager_outs, *eager_grads), (*exact_outs, *exact_grads), floors, strict=True)
