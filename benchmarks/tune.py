@@ -1,8 +1,8 @@
 """Times tiles of spatial attention on the GPU that is here: `python -m benchmarks.tune [CHANNELS ...]`.
 
 The fastest belong into kdops/spatial_attention/table.py. All candidates are compiled first, by a process for each core, then timed one
-after the other: bfloat16, 65,536 positions, contiguous maps. A line for each sweep, fastest first: rows x columns x warps x stages and
-milliseconds.
+after the other: bfloat16, 65,536 positions, contiguous maps. A line for each sweep, fastest first: rows x columns x warps x stages x
+channels of a slice, and milliseconds.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from statistics import median
-from typing import Any
 
 import torch
-import triton
 from triton.runtime.jit import JITFunction
 
 from benchmarks.measure import on_device
-from kdops.spatial_attention import triton as kernels
-from kdops.spatial_attention.table import Tile
+from kdops import tiles
+from kdops.spatial_attention.table import MOST_CHANNELS, Tile
+from kdops.spatial_attention.triton import _launch_attend, _launch_slopes
 from kdops.tiles import features
 
 SIDE = 256
@@ -32,34 +32,37 @@ SHARED_MEMORY = 227 * 1024
 Job = tuple[str, int, Tile]
 
 
-def candidates(channels: int) -> Iterator[Tile]:
-    """Those whose tiles can fit: a warpgroup of four warps for 64 or 128 rows, or two for 128."""
-    width = triton.next_power_of_2(channels)
-    for (rows, warps), columns, stages in product(((64, 4), (128, 4), (128, 8)), (32, 64, 128), (2, 3, 4)):
-        if 2 * (2 * rows + 2 * stages * columns) * width <= SHARED_MEMORY:
-            yield Tile(rows, columns, warps, stages)
+def candidates(sweep: str, channels: int) -> Iterator[Tile]:
+    """Those whose tiles can fit: a warpgroup of four warps for 64 rows, or two for 64 or 128; above 256 channels also in slices."""
+    width = sum(tiles.parts(channels))
+    row_maps, column_maps = (
+        1 if sweep in ("attend", "attend given", "slopes shared") else 2,
+        1 if sweep == "attend" else 2,
+    )
+    slices = (MOST_CHANNELS,) if channels <= 256 else (128, 256, MOST_CHANNELS)
+    for (rows, warps), columns, stages, piece in product(
+        ((64, 4), (64, 8), (128, 8)), (16, 32, 64, 128), (2, 3, 4), slices
+    ):
+        held = 2 * width * (row_maps * rows + column_maps * stages * columns)
+        sums = rows * min(width, piece) // (32 * warps)  # registers of a thread
+        if held <= SHARED_MEMORY and sums <= 192 and rows * columns >= 64 * 32:
+            yield Tile(rows, columns, warps, stages, piece)
 
 
-def launcher(sweep: str, channels: int, tile: Tile) -> Callable[[], Any]:
+def launcher(sweep: str, channels: int, tile: Tile) -> Callable[[], None]:
     """Launches the sweep with this tile, on statistics that keep all numbers finite."""
     generator = torch.Generator("cuda").manual_seed(0)
     shape = (1, channels, SIDE, SIDE)
-    q, k, g = (torch.randn(shape, generator=generator, device="cuda").bfloat16() for _ in range(3))
+    q, k, g = (features(torch.randn(shape, generator=generator, device="cuda").bfloat16()) for _ in range(3))
     statistics = torch.full((1, SIDE * SIDE), 18.0, device="cuda")
-    delta, out = torch.zeros_like(statistics), features(torch.empty_like(k))
-    query, key, grad, scale = features(q), features(k), features(g), channels**-0.5
-    calls: dict[str, Callable[[], Any]] = {
-        "attend": lambda: kernels.spatial_attention(q, k, None, None, False),
-        "attend given": lambda: kernels._launch_attend(key, query, grad, out, statistics, scale, True),
-        "slopes": lambda: kernels._launch_slopes(query, grad, key, query, statistics, delta, out, scale, False),
-        "slopes shared": lambda: kernels._launch_slopes(key, None, query, grad, statistics, delta, out, scale, True),
-    }
-
-    def launch() -> None:
-        kernels.tile_for = lambda *_: tile
-        calls[sweep]()
-
-    return launch
+    delta, out, scale = torch.zeros_like(statistics), features(torch.empty_like(k.data)), channels**-0.5
+    attend, slopes = partial(_launch_attend, tile=tile), partial(_launch_slopes, tile=tile)
+    return {
+        "attend": partial(attend, q, k, None, out, statistics, scale, False),
+        "attend given": partial(attend, k, q, g, out, statistics, scale, True),
+        "slopes": partial(slopes, q, g, k, q, statistics, delta, out, scale, False),
+        "slopes shared": partial(slopes, k, None, q, g, statistics, delta, out, scale, True),
+    }[sweep]
 
 
 def compiled(job: Job) -> Job | None:
@@ -76,7 +79,7 @@ def compiled(job: Job) -> Job | None:
 
 
 def main(counts: list[int]) -> None:
-    jobs = [(sweep, c, tile) for c in counts for sweep in SWEEPS for tile in candidates(c)]
+    jobs = [(sweep, c, tile) for c in counts for sweep in SWEEPS for tile in candidates(sweep, c)]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
         jobs = [job for job in pool.map(compiled, jobs) if job is not None]
@@ -86,7 +89,7 @@ def main(counts: list[int]) -> None:
             launch = launcher(*job)
             launch()
             found.append((median(on_device(launch, 0) for _ in range(ROUNDS)) * 1e3, job[2]))
-        said = (f"{t.rows}x{t.columns}x{t.warps}x{t.stages} {ms:.2f}" for ms, t in sorted(found))
+        said = (f"{'x'.join(map(str, t[:5]))} {ms:.2f}" for ms, t in sorted(found))
         print(f"{c} channels, {sweep}: {', '.join(said)}", flush=True)
 
 

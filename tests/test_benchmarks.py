@@ -209,11 +209,13 @@ def test_the_check_compares_with_the_fastest_stored_baseline() -> None:
     }
 
 
-@pytest.mark.parametrize("channels", [64, 128])
-def test_tiles_that_were_measured_are_tried_again(channels: int) -> None:
+@pytest.mark.parametrize("channels", [64, 128, 180, 256, 384])
+def test_tiles_that_are_shipped_are_tried_again(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     from benchmarks import tune
+    from kdops import tiles
     from kdops.spatial_attention import table
 
-    shipped = table.TILES["cuda:90"]
-    assert {shipped[sweep, 2][channels] for sweep in tune.SWEEPS} <= set(tune.candidates(channels))
+    monkeypatch.setattr(tiles, "architecture", lambda: "cuda:90")
+    for sweep in tune.SWEEPS:
+        assert table.tile_for(sweep, channels, torch.bfloat16) in set(tune.candidates(sweep, channels))

@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import tiles
 from ..layout import GradientColumns
 from ..tiles import Features, features
-from .table import tile_for
+from .table import Tile, tile_for
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------------------
 
@@ -219,10 +219,11 @@ def _launch_attend(
     statistics: Tensor | None,
     scale: float,
     given: bool,
+    tile: Tile | None = None,
 ) -> None:
     channels = rows.data.shape[1]
     value_channels = channels if values is None else values.data.shape[1]
-    tile = tile_for("attend given" if given else "attend", max(channels, value_channels), rows.data.dtype)
+    tile = tile or tile_for("attend given" if given else "attend", max(channels, value_channels), rows.data.dtype)
     slices = 1 if out is None else triton.cdiv(value_channels, tile.slice)
     apart = slices > 1 or channels > tile.held  # the columns are not on chip as they are summed up
     _attend[(rows.data.shape[0] * slices * triton.cdiv(rows.positions, tile.rows),)](
@@ -259,11 +260,12 @@ def _launch_slopes(
     gradient: Features | None,
     scale: float,
     by_column: bool,
+    tile: Tile | None = None,
 ) -> None:
     channels = rows.data.shape[1]
     value_channels = (columns if column_values is None else column_values).data.shape[1]
     shared = row_values is None
-    tile = tile_for("slopes shared" if shared else "slopes", max(channels, value_channels), rows.data.dtype)
+    tile = tile or tile_for("slopes shared" if shared else "slopes", max(channels, value_channels), rows.data.dtype)
     slices = 1 if gradient is None else triton.cdiv(channels, tile.slice)
     _slopes[(rows.data.shape[0] * slices * triton.cdiv(rows.positions, tile.rows),)](
         rows,
