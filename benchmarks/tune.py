@@ -1,8 +1,8 @@
-"""Times tiles of spatial attention on the GPU that is here: `python -m benchmarks.tune [CHANNELS ...]`.
+"""Times tiles of the Triton kernels on the GPU that is here: `python -m benchmarks.tune {spatial_attention,codebook} CHANNELS ...`.
 
-The fastest belong into kdops/spatial_attention/table.py. All candidates are compiled first, by a process for each core, then timed one
-after the other: bfloat16, 65,536 positions, contiguous maps. A line for each sweep, fastest first: rows x columns x warps x stages x
-channels of a slice, and milliseconds.
+The fastest belong into the op's table.py. All candidates are compiled first, by a process for each core, then timed one after the other:
+bfloat16, 65,536 positions of contiguous maps (16 images of them for the codebook, and 1,024 codes). A line for each kernel, fastest first:
+tile and milliseconds.
 """
 
 from __future__ import annotations
@@ -14,55 +14,105 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
+from math import log
 from statistics import median
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from benchmarks.measure import on_device
 from kdops import tiles
-from kdops.spatial_attention.table import MOST_CHANNELS, Tile
-from kdops.spatial_attention.triton import _launch_attend, _launch_slopes
+from kdops.codebook import table as codebook_table
+from kdops.codebook import triton as codebook
+from kdops.spatial_attention import table as attention_table
+from kdops.spatial_attention import triton as attention
 from kdops.tiles import features
 
 SIDE = 256
+IMAGES = 16  # of the codebook's maps
+CODES = 1024
 ROUNDS = 5
-SWEEPS = ("attend", "attend given", "slopes", "slopes shared")
 SHARED_MEMORY = 227 * 1024
-Job = tuple[str, int, Tile]
+ROWS_AND_WARPS = ((64, 4), (128, 8))  # a warpgroup of four warps for 64 rows: with two, triton 3.6 lets both do the same products
+Launch = Callable[[], None]
 
 
-def candidates(sweep: str, channels: int) -> Iterator[Tile]:
-    """Those whose tiles can fit: a warpgroup of four warps for 64 rows, or two for 64 or 128; above 256 channels also in slices."""
+class Job(NamedTuple):
+    """One candidate."""
+
+    op: str
+    kernel: str  # its name in the op's table
+    channels: int
+    tile: attention_table.Tile | codebook_table.Tile
+
+
+KERNELS = {
+    "spatial_attention": ("attend", "attend given", "slopes", "slopes shared"),
+    "codebook": ("student", "statistics", "slopes"),
+}
+
+
+def candidates(op: str, kernel: str, channels: int) -> Iterator[Job]:
+    """Those whose tiles can fit; above 256 channels also with several programs for the channels of a result."""
     width = sum(tiles.parts(channels))
-    row_maps, column_maps = (
-        1 if sweep in ("attend", "attend given", "slopes shared") else 2,
-        1 if sweep == "attend" else 2,
+    if op == "spatial_attention":
+        row_maps, column_maps, sums = 2 if kernel == "slopes" else 1, 1 if kernel == "attend" else 2, 1
+    else:
+        row_maps, column_maps, sums = 2, 1, {"student": 2, "statistics": 0, "slopes": 1}[kernel]
+    whole, kind = (
+        (attention_table.MOST_CHANNELS, attention_table.Tile)
+        if op == "spatial_attention"
+        else (codebook_table.ALL, codebook_table.Tile)
     )
-    slices = (MOST_CHANNELS,) if channels <= 256 else (128, 256, MOST_CHANNELS)
-    for (rows, warps), columns, stages, piece in product(
-        ((64, 4), (64, 8), (128, 8)), (16, 32, 64, 128), (2, 3, 4), slices
-    ):
+    slices = (whole,) if channels <= 256 or kernel in ("student", "statistics") else (128, 256, whole)
+    depths = (2, 3, 4) if channels <= 128 else (2, 3)
+    for (rows, warps), columns, stages, piece in product(ROWS_AND_WARPS, (16, 32, 64, 128), depths, slices):
         held = 2 * width * (row_maps * rows + column_maps * stages * columns)
-        sums = rows * min(width, piece) // (32 * warps)  # registers of a thread
-        if held <= SHARED_MEMORY and sums <= 192 and rows * columns >= 64 * 32:
-            yield Tile(rows, columns, warps, stages, piece)
+        registers = sums * rows * min(width, piece) // (32 * warps)  # of a thread
+        if held <= SHARED_MEMORY and registers <= 192 and rows * columns >= (2048 if channels <= 256 else 1024):
+            yield Job(op, kernel, channels, kind(rows, columns, warps, stages, piece))
 
 
-def launcher(sweep: str, channels: int, tile: Tile) -> Callable[[], None]:
-    """Launches the sweep with this tile, on statistics that keep all numbers finite."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    shape = (1, channels, SIDE, SIDE)
-    q, k, g = (features(torch.randn(shape, generator=generator, device="cuda").bfloat16()) for _ in range(3))
-    statistics = torch.full((1, SIDE * SIDE), 18.0, device="cuda")
-    delta, out, scale = torch.zeros_like(statistics), features(torch.empty_like(k.data)), channels**-0.5
-    attend, slopes = partial(_launch_attend, tile=tile), partial(_launch_slopes, tile=tile)
+def launcher(job: Job, device: str = "cuda") -> Launch:
+    """Launches the kernel with this tile, on numbers that stay finite."""
+    return {"spatial_attention": _attention, "codebook": _codebook}[job.op](job, device)
+
+
+def _maps(count: int, images: int, channels: int, device: str) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(images, channels, SIDE, SIDE, device=device).bfloat16() for _ in range(count)]
+
+
+def _attention(job: Job, device: str) -> Launch:
+    q, k, g = map(features, _maps(3, 1, job.channels, device))
+    statistics = torch.full((1, SIDE * SIDE), 18.0, device=device)
+    delta, out, scale = torch.zeros_like(statistics), features(torch.empty_like(k.data)), job.channels**-0.5
+    attend = partial(attention._launch_attend, tile=job.tile)
+    slopes = partial(attention._launch_slopes, tile=job.tile)
     return {
         "attend": partial(attend, q, k, None, out, statistics, scale, False),
         "attend given": partial(attend, k, q, g, out, statistics, scale, True),
         "slopes": partial(slopes, q, g, k, q, statistics, delta, out, scale, False),
         "slopes shared": partial(slopes, k, None, q, g, statistics, delta, out, scale, True),
-    }[sweep]
+    }[job.kernel]
+
+
+def _codebook(job: Job, device: str) -> Launch:
+    student, teacher = _maps(2, IMAGES, job.channels, device)
+    codes = torch.randn(CODES, job.channels, device=device).bfloat16()
+    problem = codebook._Problem.of(student, teacher, codes, float(job.channels))
+    count, scale = problem.positions, problem.scale
+    loss, statistics = torch.empty(count, device=device), torch.ones(5, count, device=device)
+    slopes = features(torch.empty_like(student, dtype=torch.float32))
+    launch = partial(codebook._launch_rows, tile=job.tile)
+    kernel = codebook._slopes if job.kernel == "slopes" else codebook._sweep
+    return {
+        "student": partial(launch, kernel, problem, "student", loss, statistics, slopes, count, scale, log(2), 1.0),
+        "statistics": partial(launch, kernel, problem, "statistics", loss, statistics, None, count, scale, log(2), 1.0),
+        "slopes": partial(launch, kernel, problem, "slopes", statistics, slopes, count, scale, 1.0, False),
+    }[job.kernel]
 
 
 def compiled(job: Job) -> Job | None:
@@ -70,7 +120,7 @@ def compiled(job: Job) -> Job | None:
     run = JITFunction.run
     JITFunction.run = lambda self, *args, warmup, **kwargs: run(self, *args, warmup=True, **kwargs)
     try:
-        launcher(*job)()
+        launcher(job)()
     except Exception:  # whatever a compiler raises: this candidate is no candidate
         return None
     finally:
@@ -78,20 +128,23 @@ def compiled(job: Job) -> Job | None:
     return job
 
 
-def main(counts: list[int]) -> None:
-    jobs = [(sweep, c, tile) for c in counts for sweep in SWEEPS for tile in candidates(sweep, c)]
+def main(op: str, counts: list[int]) -> None:
+    cases = [(op, kernel, channels) for channels in counts for kernel in KERNELS[op]]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=spawn) as pool:
-        jobs = [job for job in pool.map(compiled, jobs) if job is not None]
-    for c, sweep in product(counts, SWEEPS):
+        jobs = list(pool.map(compiled, (job for case in cases for job in candidates(*case))))
+    for case in cases:
         found = []
-        for job in (job for job in jobs if job[:2] == (sweep, c)):
-            launch = launcher(*job)
+        for job in jobs:
+            if job is None or job[:3] != case:
+                continue
+            launch = launcher(job)
             launch()
-            found.append((median(on_device(launch, 0) for _ in range(ROUNDS)) * 1e3, job[2]))
-        said = (f"{'x'.join(map(str, t[:5]))} {ms:.2f}" for ms, t in sorted(found))
-        print(f"{c} channels, {sweep}: {', '.join(said)}", flush=True)
+            found.append((median(on_device(launch, 0) for _ in range(ROUNDS)) * 1e3, job.tile))
+        print(f"{op}, {case[1]}, {case[2]} channels:")
+        for ms, tile in sorted(found):
+            print(f"    {ms:.2f} ms {tile}", flush=True)
 
 
 if __name__ == "__main__":
-    main([int(argument) for argument in sys.argv[1:]] or [64, 128])
+    main(sys.argv[1], [int(argument) for argument in sys.argv[2:]])

@@ -23,8 +23,9 @@ class Tile(NamedTuple):
     precision: str | None = None  # of products of float32; None: that of tiles.precision()
 
 
-# By architecture or the first part of its name, kernel and bytes of a number: the tile of up to so many channels. Chosen among the
-# largest that spill no register and fit the shared memory when compiled (docs/performance/codebook.md), not yet timed on a GPU.
+# By architecture or the first part of its name, kernel and bytes of a number: the tile of up to so many channels. Those of cuda:90 for 64
+# and 256 channels of 2 bytes were the fastest on an H200 (`python -m benchmarks.tune codebook 64 256`), the others are chosen among the
+# largest that spill no register and fit the shared memory when compiled (docs/performance/codebook.md).
 FLOAT32: dict[tuple[str, int], dict[int, Tile]] = {
     ("statistics", 4): {512: Tile(64, 32, 8, 1, held=32)},
     ("slopes", 4): {512: Tile(64, 32, 8, 1, 64, 32)},
@@ -42,7 +43,36 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         ("code_sums", 2): {128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1), 1024: Tile(16, 16, 8, 1)},
         **FLOAT32,
     },
-    "cuda": {
+    "cuda": {  # every other GPU of NVIDIA: at most 99 KiB of shared memory, as sm_86, sm_89 and sm_120 have
+        ("statistics", 2): {
+            128: Tile(128, 64, 8, 2),
+            256: Tile(64, 32, 8, 2),
+            512: Tile(32, 32, 8, 1),
+            1024: Tile(16, 16, 4, 1),
+        },
+        ("slopes", 2): {
+            64: Tile(128, 64, 8, 2),
+            128: Tile(64, 64, 8, 2),
+            512: Tile(32, 32, 8, 2),
+            1024: Tile(16, 16, 4, 1, 256),
+        },
+        ("code_sums", 2): {128: Tile(32, 64, 8, 2), 512: Tile(32, 32, 8, 1), 1024: Tile(16, 16, 4, 1, 256)},
+        **FLOAT32,
+    },
+    "cuda:90": {
+        ("student", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2)},
+        ("statistics", 2): {128: Tile(128, 64, 8, 2), 512: Tile(64, 32, 4, 2), 1024: Tile(32, 32, 8, 1)},
+        ("slopes", 2): {
+            128: Tile(128, 64, 8, 2),
+            256: Tile(128, 32, 8, 2),
+            512: Tile(64, 16, 4, 2, 128),
+            1024: Tile(16, 32, 8, 1),
+        },
+        ("code_sums", 2): {128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1), 1024: Tile(16, 16, 8, 1)},
+        # Triton 3.6 made wrong products of these tiles on tensor cores (docs/performance/spatial_attention.md).
+        **{key: {most: t._replace(precision="ieee") for most, t in sizes.items()} for key, sizes in FLOAT32.items()},
+    },
+    "cuda:100": {
         ("student", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2)},
         ("statistics", 2): {
             128: Tile(128, 64, 8, 2),
@@ -76,10 +106,6 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         },
         **{("student", size): {64: Tile(64, 64, 4, 1)} for size in (2, 4)},
     },
-}
-# On an H100, triton 3.6: as of spatial attention, products of float32 on tensor cores were wrong with 32 channels and more (2026-11-26).
-TILES["cuda:90"] = TILES["cuda"] | {
-    key: {most: tile._replace(precision="ieee") for most, tile in sizes.items()} for key, sizes in FLOAT32.items()
 }
 
 

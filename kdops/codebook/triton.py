@@ -21,7 +21,7 @@ from .. import tiles
 from ..layout import settle
 from ..registration import gradient_like
 from ..tiles import features
-from .table import in_one_sweep, tile_for
+from .table import Tile, in_one_sweep, tile_for
 
 # --- kernels ---------------------------------------------------------------------------------------------------------------------
 
@@ -288,9 +288,9 @@ def _map(t: Tensor) -> Tensor:
     return t.t().unsqueeze(0) if t.ndim == 2 else t
 
 
-def _launch_rows(kernel, problem: _Problem, which: str, *args: object) -> None:
+def _launch_rows(kernel, problem: _Problem, which: str, *args: object, tile: Tile | None = None) -> None:
     channels = problem.student.data.shape[1]
-    tile = tile_for(which, channels, problem.student.data.dtype)
+    tile = tile or tile_for(which, channels, problem.student.data.dtype)
     slices = 1 if kernel is _sweep else triton.cdiv(channels, tile.slice)  # one sweep does not share channels
     result = () if kernel is _sweep else (slices, tiles.parts(min(channels, tile.slice)))
     kernel[(problem.student.data.shape[0] * slices * triton.cdiv(problem.student.positions, tile.rows),)](
