@@ -35,7 +35,10 @@ IMAGES = 16  # of the codebook's maps
 CODES = 1024
 ROUNDS = 5
 SHARED_MEMORY = 227 * 1024
-ROWS_AND_WARPS = ((64, 4), (128, 8))  # a warpgroup of four warps for 64 rows: with two, triton 3.6 lets both do the same products
+ROWS_AND_WARPS = (
+    (64, 4),
+    (128, 8),
+)  # a warpgroup of four warps for 64 rows: with two, triton 3.6 lets both do the same products
 Launch = Callable[[], None]
 
 
@@ -55,7 +58,9 @@ KERNELS = {
 
 
 def candidates(op: str, kernel: str, channels: int) -> Iterator[Job]:
-    """Those whose tiles can fit; above 256 channels also with several programs for the channels of a result."""
+    """Those whose tiles can fit, of a kernel that is used; above 256 channels also with several programs for the channels of a result."""
+    if op == "codebook" and (kernel == "student") != codebook_table.in_one_sweep(channels, torch.bfloat16):
+        return
     width = sum(tiles.parts(channels))
     if op == "spatial_attention":
         row_maps, column_maps, sums = 2 if kernel == "slopes" else 1, 1 if kernel == "attend" else 2, 1
