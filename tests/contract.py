@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,14 +119,19 @@ class RecordOps(TorchDispatchMode):
         return out
 
 
-def relative_error(measured: Tensor, exact: Tensor) -> float:
-    """Largest absolute error, relative to the largest exact value; of yes and no, infinite unless they are the same."""
+def relative_error(measured: Tensor, exact: Tensor, scale: float = 0.0) -> float:
+    """Largest absolute error, relative to the largest exact value, or to `scale` where all are 0; of yes and no, infinite unless equal."""
     if exact.dtype == torch.bool:
         return 0.0 if torch.equal(measured, exact) else float("inf")
     if exact.numel() == 0:
         return 0.0
-    scale = exact.abs().max().clamp(min=1e-300)
-    return float((measured.to(exact) - exact).detach().abs().max() / scale)
+    found = largest([exact]) or scale or 1e-300
+    return float((measured.to(exact) - exact).detach().abs().max() / found)
+
+
+def largest(tensors: Sequence[Tensor]) -> float:
+    """The largest finite magnitude of all."""
+    return max((float(t[t.isfinite()].double().abs().amax()) for t in tensors if t.isfinite().any()), default=0.0)
 
 
 def layouts(t: Tensor) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ class Tile(NamedTuple):
     stages: int
     slice: int = ALL  # channels of the result that a program sums up: more are shared among several programs
     held: int = ALL  # channels of the logits on chip at a time: more of them stream through, so many at a time
-    precision: str | None = None  # of products of float32; None: that of tiles.precision()
 
 
 # By architecture or the first part of its name, kernel and bytes of a number: the tile of up to so many channels. Those of cuda:90 for 64
@@ -65,17 +64,24 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         **FLOAT32,
     },
     "cuda:90": {
-        ("student", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2)},
-        ("statistics", 2): {128: Tile(128, 64, 8, 2), 512: Tile(64, 32, 4, 2), 1024: Tile(32, 32, 8, 1)},
+        ("student", 2): {64: Tile(64, 128, 4, 2), 128: Tile(64, 32, 4, 2)},
+        ("statistics", 2): {
+            128: Tile(128, 64, 8, 2),
+            256: Tile(128, 64, 8, 3),
+            512: Tile(64, 32, 4, 2),
+            1024: Tile(32, 32, 8, 1),
+        },
         ("slopes", 2): {
             128: Tile(128, 64, 8, 2),
-            256: Tile(128, 32, 8, 2),
+            256: Tile(128, 64, 8, 3),
             512: Tile(64, 16, 4, 2, 128),
             1024: Tile(16, 32, 8, 1),
         },
         ("code_sums", 2): {128: Tile(32, 64, 8, 2), 256: Tile(32, 32, 8, 1), 1024: Tile(16, 16, 8, 1)},
-        # Triton 3.6 made wrong products of these tiles on tensor cores (docs/performance/spatial_attention.md).
-        **{key: {most: t._replace(precision="ieee") for most, t in sizes.items()} for key, sizes in FLOAT32.items()},
+        # Four warps for each 64 rows of a product: with eight, triton 3.6 multiplies float32 wrongly (docs/performance).
+        ("statistics", 4): {512: Tile(128, 32, 8, 1, held=32)},
+        ("slopes", 4): {512: Tile(128, 32, 8, 1, 64, 32)},
+        ("code_sums", 4): {512: Tile(16, 64, 4, 1, 64, 32)},
     },
     "cuda:100": {
         ("student", 2): {64: Tile(64, 64, 4, 2), 128: Tile(64, 32, 4, 2)},

@@ -306,7 +306,7 @@ def _launch_rows(kernel, problem: _Problem, which: str, *args: object, tile: Til
         tile.codes,
         problem.codes.positions % tile.codes == 0,
         tile.stages,
-        tile.precision or tiles.precision(),
+        tiles.precision(),
         num_warps=tile.warps,
         **tiles.OPTIONS,
     )
@@ -400,7 +400,7 @@ def _codebook_gradient(problem: _Problem, statistics: Tensor, grad: Tensor, temp
         tile.rows,
         tile.codes,
         tile.stages,
-        tile.precision or tiles.precision(),
+        tiles.precision(),
         num_warps=tile.warps,
         **tiles.OPTIONS,
     )

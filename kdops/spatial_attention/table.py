@@ -20,16 +20,12 @@ class Tile(NamedTuple):
     stages: int
     slice: int = MOST_CHANNELS  # channels of the result that a program sums up: more are shared among several programs
     held: int = MOST_CHANNELS  # channels of the logits on chip: more of them stream through, so many at a time
-    precision: str | None = None  # of products of float32; None: that of tiles.precision()
 
 
-# On an H100, triton 3.6: products of float32 on tensor cores were wrong or left the shared memory where a tile had 32 channels or more
-# (2026-11-26, docs/performance/spatial_attention.md). Until that is understood they are done without.
-IEEE = Tile(64, 32, 8, 1, 64, 32, "ieee")
-
-# For each architecture, sweep and bytes of a number: the tile of up to so many channels. Those of cuda:90 for up to 128 channels of
-# 2 bytes were the fastest of some 12 each on an H100; the others are chosen among those that spill fewest registers when compiled
-# (docs/performance/spatial_attention.md). Where a table does not tell variants of a sweep apart, their first word names it.
+# For each architecture, sweep and bytes of a number: the tile of up to so many channels. Those of cuda:90 for up to 192 channels of
+# 2 bytes were the fastest of some 12 each on an H100 or H200; the others are chosen among those that spill fewest registers when compiled
+# (docs/performance/spatial_attention.md). Where a table does not tell variants of a sweep apart, their first word names it. On sm_90 a
+# warpgroup of four warps needs 64 rows of its own: with fewer, triton 3.6 lets both do the same products, and those of float32 are wrong.
 TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
     "cuda": {  # every other GPU of NVIDIA: at most 99 KiB of shared memory, as sm_86, sm_89 and sm_120 have
         ("attend", 2): {
@@ -46,6 +42,7 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         ("attend", 2): {
             64: Tile(64, 128, 4, 3),
             128: Tile(64, 64, 4, 3),
+            192: Tile(128, 64, 8, 3),
             256: Tile(128, 64, 8, 2),
             384: Tile(64, 32, 4, 2, 256),
             512: Tile(64, 32, 4, 2, 256),
@@ -53,26 +50,29 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         ("attend given", 2): {
             64: Tile(128, 64, 8, 3),
             128: Tile(64, 64, 4, 3),
-            256: Tile(128, 64, 8, 2),
+            192: Tile(128, 64, 8, 3),
+            256: Tile(128, 32, 8, 3),
             384: Tile(64, 32, 4, 2, 256),
             512: Tile(64, 32, 4, 2, 256),
         },
         ("slopes", 2): {
             64: Tile(64, 128, 4, 3),
             128: Tile(128, 64, 8, 3),
-            256: Tile(128, 32, 8, 2),
+            192: Tile(128, 32, 8, 3),
+            256: Tile(128, 32, 8, 3),
             384: Tile(64, 32, 4, 2, 128),
             512: Tile(64, 16, 4, 2, 128),
         },
         ("slopes shared", 2): {
             64: Tile(64, 128, 4, 3),
             128: Tile(64, 64, 4, 3),
-            256: Tile(128, 32, 8, 2),
+            192: Tile(128, 64, 8, 3),
+            256: Tile(128, 32, 8, 3),
             384: Tile(64, 32, 4, 2, 128),
             512: Tile(64, 16, 4, 2, 128),
         },
-        ("attend", 4): {512: IEEE},
-        ("slopes", 4): {512: IEEE},
+        ("attend", 4): {512: Tile(128, 32, 8, 1, 64, 32)},
+        ("slopes", 4): {512: Tile(128, 32, 8, 1, 64, 32)},
     },
     "cuda:100": {
         ("attend", 2): {128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2), 512: Tile(64, 32, 8, 1, 256)},

@@ -244,7 +244,7 @@ def _launch_attend(
         tile.columns,
         columns.positions % tile.columns == 0,
         tile.stages,
-        tile.precision or tiles.precision(),
+        tiles.precision(),
         num_warps=tile.warps,
         **tiles.OPTIONS,
     )
@@ -288,7 +288,7 @@ def _launch_slopes(
         tile.columns,
         columns.positions % tile.columns == 0,
         tile.stages,
-        tile.precision or tiles.precision(),
+        tiles.precision(),
         num_warps=tile.warps,
         **tiles.OPTIONS,
     )

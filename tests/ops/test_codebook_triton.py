@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton is not installed")
 
 import kdops
+from kdops.codebook import table
 from kdops.codebook import triton as kernels
 from kdops.codebook.table import Tile
 from tests.contract import GPU, relative_error
@@ -93,6 +94,13 @@ def test_channels_in_slices_and_streamed(share: int, held: int, monkeypatch: pyt
     monkeypatch.setattr(kernels, "tile_for", lambda *_: Tile(32, 32, 4, 1, share, held))
     monkeypatch.setattr(kernels, "in_one_sweep", lambda *_: False)
     check(drawn((2, 40, 37), 70, torch.float32), 4.0)
+
+
+def test_on_sm_90_every_warpgroup_has_rows_of_its_own() -> None:
+    """Triton 3.6 multiplies float32 wrongly where two share 64 rows."""
+    for (kernel, size), tiles in table.TILES["cuda:90"].items():
+        for tile in tiles.values():
+            assert size == 2 or (tile.codes if kernel == "code_sums" else tile.rows) >= 16 * tile.warps, kernel
 
 
 def test_the_codebook_sums_over_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,12 @@ def test_channel_counts_of_networks(c: int) -> None:
     check(drawn((1, c, 17), (1, c, 17), frozen=(0,)), ROLES["student queries"])
 
 
+def test_on_sm_90_every_warpgroup_has_rows_of_its_own() -> None:
+    """Triton 3.6 lets two that share 64 rows do the same products, and in float32 wrong ones."""
+    tiles = [tile for sizes in table.TILES["cuda:90"].values() for tile in sizes.values()]
+    assert all(tile.rows >= 16 * tile.warps for tile in tiles)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("c", [64, 128, 180, 256, 384, 512])
 def test_whole_tiles_of_many_channels(c: int) -> None:
