@@ -14,13 +14,10 @@ from torch import Tensor
 
 from .. import tiles
 from ..layout import GradientColumns
-from ..tiles import features
 from .triton import factor_of, shape_of
-from .triton_products import Grams, launch_grams, launch_mix, same, store_tile, tile_of
+from .triton_products import Grams, launch_grams, launch_mix, same
+from .triton_residual import CLOSE, distance_of, launch_residual_mix, launch_residual_sums
 
-CLOSE = 2**-5  # below this part of the target's square, the distance by Grams has lost five bits or more
-DIRECT = {"BLOCK": 64, "POSITIONS": 32, "num_warps": 8}  # of the kernels that form the residual
-DIRECT_GRAM = {"BLOCK": 32, "POSITIONS": 32, "num_warps": 4}  # with larger blocks registers spill
 ROWS = 16  # of a C x C matrix that a program works on
 DEPTH = 16
 
@@ -86,17 +83,6 @@ def _compare(
     tiles.store(parts + program * 2 + 1, square, True)
 
 
-@triton.jit
-def _distance_of(parts, sample, count, bound, COUNT: tl.constexpr):
-    """A sample's distance by Grams, and whether it is to be formed directly: also where it is not a number."""
-    k = tl.arange(0, COUNT)
-    at = parts + (sample * count + k) * 2
-    distance = tl.sum(tl.load(at, mask=k < count, other=0.0))
-    square = tl.sum(tl.load(at + 1, mask=k < count, other=0.0))
-    far = (distance > bound * square) & (distance < float("inf"))
-    return distance, far == 0
-
-
 @triton.jit(do_not_specialize=["count", "bound", "heads", "chunks", "R", "C"])
 def _settle(
     parts,  # (B, count, 2)
@@ -119,7 +105,7 @@ def _settle(
     head = program // blocks
     block = program % blocks
     sample = head // heads
-    distance, direct = _distance_of(parts, sample, count, bound, COUNT)
+    distance, direct = distance_of(parts, sample, count, bound, COUNT)
     width = R * C + R
     at = block * BLOCK + tl.arange(0, BLOCK)
     if direct:
@@ -180,108 +166,6 @@ def _slopes(
         tiles.store(square + head * C * C + r[:, None] * C + j, sums, (r < C)[:, None] & (j < C))
 
 
-# --- the residual, for samples close to their target -----------------------------------------------------------------------------
-
-
-@triton.jit
-def _residual(attention, value, target, head, heads, n, i, R, DEPTH: tl.constexpr, PRECISION: tl.constexpr):
-    """attention @ value - target in float32, (n, i)."""
-    sums = tl.zeros((n.shape[0], i.shape[0]), tl.float32)
-    for first in range(0, attention.positions, DEPTH):
-        k = first + tl.arange(0, DEPTH)
-        v = tiles.widen(tile_of(value, head, heads, n, k, attention.positions))
-        sums += tiles.dot(v, tile_of(attention, head, 1, k, i, R), PRECISION)
-    sums -= tiles.widen(tile_of(target, head, heads, n, i, R))
-    return tl.where((n < target.positions)[:, None] & (i < R)[None, :], sums, 0.0)
-
-
-@triton.jit(do_not_specialize=["count", "bound", "heads", "chunks", "R", "C"])
-def _residual_sums(
-    attention,
-    value,
-    target,
-    parts,  # (B, count, 2) float64: they tell which samples are close
-    sums,  # (heads, chunks, R * C + R) float32: residual value^T, and the residual's squares
-    count,
-    bound,
-    heads,
-    chunks,
-    R,
-    C,
-    COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One program: a block of channels of the target and one of the value, over a chunk of the positions."""
-    program = tl.program_id(0).to(tl.int64)
-    rows, columns = tl.cdiv(R, BLOCK), tl.cdiv(C, BLOCK)
-    part = program // (rows * columns)  # counts the chunks of all heads
-    head = part // chunks
-    _, direct = _distance_of(parts, head // heads, count, bound, COUNT)
-    if direct == 0:
-        return
-    i = program // columns % rows * BLOCK + tl.arange(0, BLOCK)
-    j = program % columns * BLOCK + tl.arange(0, BLOCK)
-    steps = tl.cdiv(tl.cdiv(value.positions, POSITIONS), chunks)
-    square = tl.zeros((BLOCK,), tl.float32)
-    gram = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for step in range(steps):
-        n = (part % chunks * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
-        residual = _residual(attention, value, target, head, heads, n, i, R, POSITIONS, PRECISION)
-        gram += tiles.dot(tl.trans(residual), tiles.widen(tile_of(value, head, heads, n, j, C)), PRECISION)
-        square += tl.sum(residual * residual, 0)
-    at = sums + part * (R * C + R)
-    tiles.store(at + i[:, None] * C + j[None, :], gram, (i < R)[:, None] & (j < C)[None, :])
-    tiles.store(at + R * C + i, square, i < R)  # by every block of columns, the same
-
-
-@triton.jit(do_not_specialize=["gain", "heads", "workers", "R", "C"])
-def _residual_mix(
-    out,
-    matrix,  # of a first term, or None
-    first_map,
-    attention,
-    value,
-    target,
-    direct,  # (B,) int32: which samples
-    factor,  # (B,) float32
-    gain,
-    heads,
-    workers,
-    R,
-    C,
-    BLOCK: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """out = gain * factor * (attention^T @ residual + matrix @ first_map).
-
-    The `workers` programs of a head share its blocks of channels and positions: few, as nearly always they return at once.
-    """
-    program = tl.program_id(0).to(tl.int64)
-    blocks, strips = tl.cdiv(C, BLOCK), tl.cdiv(out.positions, POSITIONS)
-    head = program // workers
-    if tl.load(direct + head // heads) == 0:
-        return
-    for item in range(program % workers, blocks * strips, workers):
-        j = item % blocks * BLOCK + tl.arange(0, BLOCK)
-        n = item // blocks * POSITIONS + tl.arange(0, POSITIONS)
-        sums = tl.zeros((POSITIONS, BLOCK), tl.float32)
-        if matrix is not None:
-            for first in range(0, matrix.positions, POSITIONS):
-                k = first + tl.arange(0, POSITIONS)
-                x = tiles.widen(tile_of(first_map, head, heads, n, k, matrix.positions))
-                sums += tiles.dot(x, tile_of(matrix, head, 1, k, j, C), PRECISION)
-        for first in range(0, R, POSITIONS):
-            i = first + tl.arange(0, POSITIONS)
-            residual = _residual(attention, value, target, head, heads, n, i, R, POSITIONS, PRECISION)
-            weights = tl.trans(tile_of(attention, head, 1, j, i, R))
-            sums += tiles.dot(residual, weights, PRECISION)
-        sums *= gain * tl.load(factor + head // heads)
-        store_tile(out, sums, head, heads, n, j, C)
-
-
 # --- launches ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -314,33 +198,6 @@ def _by_rows(columns: int) -> dict[str, int]:
     return {"ROWS": ROWS, "COLUMNS": width, "DEPTH": DEPTH, "num_warps": 4 if width <= 128 else 8}
 
 
-def _launch_residual_sums(attention: Tensor, value: Tensor, target: Tensor, parts: Tensor) -> Tensor:
-    """Of close samples, residual value^T and the residual's squares, (B * heads, chunks, R * C + R)."""
-    batch, heads, r, c = attention.shape
-    v, t = features(value), features(target)
-    blocks = triton.cdiv(r, DIRECT_GRAM["BLOCK"]) * triton.cdiv(c, DIRECT_GRAM["BLOCK"])
-    chunks = tiles.chunks(v.positions, batch * heads * blocks, value.device)
-    sums = attention.new_empty((batch * heads, chunks, r * c + r))
-    _residual_sums[(batch * heads * chunks * blocks,)](
-        features(attention.flatten(0, 1)),
-        v,
-        t,
-        parts,
-        sums,
-        parts.shape[1],
-        CLOSE,
-        heads,
-        chunks,
-        r,
-        c,
-        triton.next_power_of_2(parts.shape[1]),
-        PRECISION=tiles.precision(),
-        **DIRECT_GRAM,
-        **tiles.OPTIONS,
-    )
-    return sums
-
-
 def _launch_settle(parts: Tensor, residual: Tensor, of_attention: Tensor) -> tuple[Tensor, Tensor]:
     """-> distance (B,), and which samples are close (B,) int32; of those `of_attention` is written again."""
     batch, heads, r, c = of_attention.shape
@@ -364,39 +221,6 @@ def _launch_settle(parts: Tensor, residual: Tensor, of_attention: Tensor) -> tup
     return distances, close
 
 
-def _launch_residual_mix(
-    out: Tensor,
-    term: tuple[Tensor, Tensor] | None,
-    attention: Tensor,
-    value: Tensor,
-    target: Tensor,
-    direct: Tensor,
-    factor: Tensor,
-) -> None:
-    batch, heads, r, c = attention.shape
-    to = features(out)
-    items = triton.cdiv(c, DIRECT["BLOCK"]) * triton.cdiv(to.positions, DIRECT["POSITIONS"])
-    workers = min(items, triton.cdiv(2 * tiles.multiprocessors(out.device), batch * heads))
-    _residual_mix[(batch * heads * workers,)](
-        to,
-        None if term is None else features(term[0].flatten(0, 1)),
-        None if term is None else features(term[1]),
-        features(attention.flatten(0, 1)),
-        features(value),
-        features(target),
-        direct,
-        factor,
-        2.0,
-        heads,
-        workers,
-        r,
-        c,
-        PRECISION=tiles.precision(),
-        **DIRECT,
-        **tiles.OPTIONS,
-    )
-
-
 # --- operators --------------------------------------------------------------------------------------------------------------------
 
 
@@ -410,7 +234,7 @@ def channel_attention_distance(
         return query.new_empty(0, dtype=torch.float32), nothing, nothing.clone(), query.new_empty(0, dtype=torch.int32)
     grams = launch_grams(query, key, heads, value, target)
     attention, of_attention, parts = _launch_compare(grams, shape, factor_of(query, scale))
-    residual = _launch_residual_sums(attention, key if value is None else value, target, parts)
+    residual = launch_residual_sums(attention, key if value is None else value, target, parts)
     distance, close = _launch_settle(parts, residual, of_attention)
     return distance, attention, of_attention, close
 
@@ -456,7 +280,7 @@ def channel_attention_distance_backward(
                 terms.append(term)
             out = (of_key if value is None else of_value).columns
             launch_mix(out, terms, factor=grad, gain=2, direct=close)
-            _launch_residual_mix(out, term, attention, v, target, close, grad)
+            launch_residual_mix(out, term, attention, v, target, close, grad)
         if need_target:
             launch_mix(of_target.columns, [(attention, v)], minus=target, factor=grad, gain=-2)
     return of_query.finish(), of_key.finish(), of_value.finish(), of_target.finish()

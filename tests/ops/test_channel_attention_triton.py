@@ -151,12 +151,12 @@ def test_the_residual_is_not_formed_for_far_samples(monkeypatch: pytest.MonkeyPa
     """What the direct kernels leave behind is not used: garbage there changes nothing."""
     maps = [drawn(2, 6, 40, seed=i).float() for i in range(4)]
     before = results(maps, "triton", torch.float32, True)
-    form = kernels._launch_residual_sums
+    form = kernels.launch_residual_sums
 
     def spoilt(*args: object, **kwargs: object) -> Tensor:
         return torch.full_like(form(*args, **kwargs), float("nan"))  # type: ignore[arg-type]  # passed through
 
-    monkeypatch.setattr(kernels, "_launch_residual_sums", spoilt)
+    monkeypatch.setattr(kernels, "launch_residual_sums", spoilt)
     for mine, first in zip(results(maps, "triton", torch.float32, True), before, strict=True):
         assert torch.equal(mine, first)
 
