@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +24,7 @@ STAMPS = ROOT / "build" / "contract"  # ignored by git: why it is red, or nothin
 TESTS = [str(ROOT / "tests" / "test_contract.py")]
 OURS = "kdops."
 RESULT = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED)")
+TEST = re.compile(r"::(.+?\])(?: |$)")
 
 Pair = tuple[str, str]  # an op and a backend
 
@@ -51,40 +52,36 @@ def _stamp(pair: Pair) -> Path:
 def _run(pairs: Sequence[Pair], seconds: float | None, processes: int = 1) -> None:
     """Runs the contract of these pairs, for so many seconds at most, and writes of each why it is red, or nothing."""
     names = {pair: f"{'-'.join(pair)}-" for pair in pairs}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        *TESTS,
-        "-k",
-        " or ".join(names.values()),
-    ]
-    if processes > 1 and find_spec("xdist") is not None:
-        command += ["-n", str(processes)]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *TESTS, "-k", " or ".join(names.values())]
+    shared = ["-n", str(processes), "--dist", "worksteal"] if processes > 1 and find_spec("xdist") else []
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    run = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, env=environment)
+    reason, unfinished = "", list[str]()
     try:
-        run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=seconds)
-        said, late = run.stdout, None
-        if run.returncode not in (0, 1):  # no test ran, or pytest itself failed
-            late = f"its contract did not run: {(run.stderr.strip() or said.strip())[-200:]}"
+        done = run([*command, "-v", *shared], timeout=seconds)
+        said = done.stdout
+        if done.returncode not in (0, 1):  # no test ran, or pytest itself failed
+            reason = f"its contract did not run: {(done.stderr.strip() or said.strip())[-200:]}"
+            unfinished = list(names.values())
     except subprocess.TimeoutExpired as error:
-        said, late = (error.stdout or b"").decode(), "its contract was not done in time"
-    results = [line for line in said.splitlines() if RESULT.search(line) and "::" in line]
+        said, reason = (error.stdout or b"").decode(), "its contract was not done in time"
+        unfinished = _tests(run([*command, "--collect-only", "-q"]).stdout.splitlines())
+    results = [line for line in said.splitlines() if RESULT.search(line)]
+    unfinished = [test for test in unfinished if test not in set(_tests(results))]
     STAMPS.mkdir(parents=True, exist_ok=True)
     for pair, name in names.items():
-        failed = [line for line in results if name in line and re.search("FAILED|ERROR", line)]
-        red = f"its contract is red: {_names(failed)}" if failed else late
-        _stamp(pair).write_text(red or "")
+        failed = [test for test in _tests(line for line in results if re.search("FAILED|ERROR", line)) if name in test]
+        red = reason if any(name in test for test in unfinished) else ""
+        if failed:
+            red = f"its contract is red: {'; '.join(failed[:2])}; {len(failed)} failed"
+        _stamp(pair).write_text(red)
     (STAMPS / "log.txt").write_text(said)
 
 
-def _names(lines: Iterable[str]) -> str:
-    found = (re.search(r"::(.+?\])(?: |$)", line) for line in lines)
-    tests = list(dict.fromkeys(match[1] for match in found if match))
-    return f"{'; '.join(tests[:2])}; {len(tests)} failed"
+def _tests(lines: Iterable[str]) -> list[str]:
+    """The names of the tests that the lines are about, each once."""
+    found = (TEST.search(line) for line in lines)
+    return list(dict.fromkeys(match[1] for match in found if match))
 
 
 @cache

@@ -92,6 +92,20 @@ def test_a_contract_that_takes_too_long_is_red_and_tried_again(tmp_path: Path, m
     assert stamp.read_text() == ""
 
 
+def test_when_the_time_is_up_an_op_whose_tests_are_all_done_is_green(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contract_gate, "STAMPS", tmp_path)
+    monkeypatch.setattr(contract_gate, "TESTS", [str(tmp_path / "test_slow.py")])
+    (tmp_path / "test_slow.py").write_text(
+        "import pytest, time\n\n@pytest.mark.parametrize('case', ['fast_op-cpu-x', 'slow_op-cpu-x'])\n"
+        "def test_01(case):\n    time.sleep(60 * case.startswith('slow'))\n"
+    )
+    pairs = [("fast_op", "cpu"), ("slow_op", "cpu")]
+    contract_gate._run(pairs, 20)
+    assert [contract_gate._stamp(pair).read_text() for pair in pairs] == ["", "its contract was not done in time"]
+
+
 def failing(*args: torch.Tensor, p: int = 1) -> torch.Tensor:
     raise torch.OutOfMemoryError("Tried to allocate 8 TiB\nand more words")
 
