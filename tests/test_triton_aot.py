@@ -85,6 +85,7 @@ def test_kernels_compile_fit_and_do_not_spill(records: Records) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_every_variant_compiles_fits_and_does_not_spill(tmp_path: Path) -> None:
     found = compiled(tmp_path, "--all")
     assert not problems(found)
