@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import contract_gate, machine, measure, results
 from benchmarks.suite import CHOSEN, OURS
@@ -136,12 +137,33 @@ def measured(case: Case) -> dict[str, tuple[measure.Timing, int]]:
     return {provider: (timings[provider], measure.peak_bytes(step, DEVICE)) for provider, step in calls.items()}
 
 
-def contract(provider: str, store: bool) -> str | None:
-    """Why a row may not be stored: the contract of an op is red on a backend of this device."""
-    if not provider.startswith(OURS):
+class _Record(TorchDispatchMode):
+    """Which operators of ours run beneath it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func.namespace == "kdops":
+            self.names.add(func.name().removeprefix("kdops::"))
+        return func(*args, **(kwargs or {}))
+
+
+@cache
+def ops_of(case: Case) -> frozenset[str]:
+    """The ops of kdops that a step of the case calls."""
+    with _Record() as record:
+        steps(case)[OURS + "auto"]()
+    return frozenset(op for op, spec in SPECS.items() if record.names & set(spec.raw_ops))
+
+
+def contract(case: Case, provider: str, store: bool) -> str | None:
+    """Why a row may not be stored: the contract of an op that the step calls is red on a backend of this device."""
+    if not (store and provider.startswith(OURS)):
         return None
     backends = ("cpu",) if DEVICE == "cpu" else ("triton", "cuda")
-    pairs = [(op, b.name) for op, spec in SPECS.items() for b in spec.backends if b.name in backends]
+    pairs = [(op, b.name) for op in sorted(ops_of(case)) for b in SPECS[op].backends if b.name in backends]
     return next((reason for op, b in pairs if (reason := contract_gate.refusal(op, OURS + b, store))), None)
 
 
@@ -173,7 +195,7 @@ def test_row(benchmark: Any, store: bool, case: Case, provider: str) -> None:
     benchmark.group = str(case)
     benchmark.pedantic(steps(case)[provider], rounds=1)
     benchmark.extra_info.update(figures)
-    red = contract(provider, store)
+    red = contract(case, provider, store)
     print(
         json.dumps({"op": f"step:{case.method}", "case": str(case), "provider": provider, **figures, "red": red}),
         flush=True,

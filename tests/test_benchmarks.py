@@ -203,6 +203,7 @@ def test_a_training_step_is_measured_on_both_backends(monkeypatch: pytest.Monkey
     found = bench_step.measured(case)
     assert list(found) == ["kdops.auto", "reference"]
     assert all(timing.median > 0 for timing, _ in found.values())
+    assert bench_step.ops_of(case) == {"contrastive_ratio", "matched_distance", "pairwise_distance"}
     bench_step.keep("step:facd", case, "kdops.auto", {"median_ms": 1.0}, True)
     (stored,) = results.read(next(results.machines()))
     assert (stored["op"], stored["mode"], stored["shape"]) == ("step:facd", "training step", "2x3x16x16")
