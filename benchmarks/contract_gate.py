@@ -67,11 +67,11 @@ def _run(pairs: Sequence[Pair], seconds: float | None, processes: int = 1) -> No
         said, reason = (error.stdout or b"").decode(), "its contract was not done in time"
         unfinished = _tests(run([*command, "--collect-only", "-q"]).stdout.splitlines())
     results = [line for line in said.splitlines() if RESULT.search(line)]
-    unfinished = [test for test in unfinished if test not in set(_tests(results))]
+    ran, failures = set(_tests(results)), _tests(line for line in results if re.search("FAILED|ERROR", line))
     STAMPS.mkdir(parents=True, exist_ok=True)
     for pair, name in names.items():
-        failed = [test for test in _tests(line for line in results if re.search("FAILED|ERROR", line)) if name in test]
-        red = reason if any(name in test for test in unfinished) else ""
+        failed = [test for test in failures if name in test]
+        red = reason if any(name in test for test in unfinished if test not in ran) else ""
         if failed:
             red = f"its contract is red: {'; '.join(failed[:2])}; {len(failed)} failed"
         _stamp(pair).write_text(red)
