@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import contract_gate, machine, measure, results
 from benchmarks.suite import CHOSEN, OURS
 from kdops.dispatch import SPECS
+from tests.contract import RecordOps
 
 try:
     from trainers.config import Config
@@ -137,25 +137,13 @@ def measured(case: Case) -> dict[str, tuple[measure.Timing, int]]:
     return {provider: (timings[provider], measure.peak_bytes(step, DEVICE)) for provider, step in calls.items()}
 
 
-class _Record(TorchDispatchMode):
-    """Which operators of ours run beneath it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func.namespace == "kdops":
-            self.names.add(func.name().removeprefix("kdops::"))
-        return func(*args, **(kwargs or {}))
-
-
 @cache
 def ops_of(case: Case) -> frozenset[str]:
     """The ops of kdops that a step of the case calls."""
-    with _Record() as record:
+    with RecordOps() as record:
         steps(case)[OURS + "auto"]()
-    return frozenset(op for op, spec in SPECS.items() if record.names & set(spec.raw_ops))
+    called = {function.name().removeprefix("kdops::") for function, *_ in record.calls}
+    return frozenset(op for op, spec in SPECS.items() if called & set(spec.raw_ops))
 
 
 def contract(case: Case, provider: str, store: bool) -> str | None:
