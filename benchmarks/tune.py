@@ -36,10 +36,8 @@ IMAGES = 16  # of the codebook's maps
 CODES = 1024
 ROUNDS = 5
 SHARED_MEMORY = 227 * 1024
-ROWS_AND_WARPS = (
-    (64, 4),
-    (128, 8),
-)  # a warpgroup of four warps for 64 rows: with two, triton 3.6 lets both do the same products
+# A warpgroup of four warps for 64 rows: with two, triton 3.6 lets both do the same products.
+ROWS_AND_WARPS = ((64, 4), (128, 8))
 Launch = Callable[[], None]
 
 
@@ -52,31 +50,37 @@ class Job(NamedTuple):
     tile: attention_table.Tile | codebook_table.Tile
 
 
+class Load(NamedTuple):
+    """What a program of a kernel holds: maps of its rows and of a tile of columns, and sums of all channels for its rows."""
+
+    rows: int
+    columns: int
+    sums: int
+
+
 KERNELS = {
-    "spatial_attention": ("attend", "attend given", "slopes", "slopes shared"),
-    "codebook": ("student", "statistics", "slopes"),
+    "spatial_attention": {
+        "attend": Load(1, 1, 1),
+        "attend given": Load(1, 2, 1),
+        "slopes": Load(2, 2, 1),
+        "slopes shared": Load(1, 2, 1),
+    },
+    "codebook": {"student": Load(2, 1, 2), "statistics": Load(2, 1, 0), "slopes": Load(2, 1, 1)},
 }
+TABLES = {"spatial_attention": attention_table, "codebook": codebook_table}
 
 
 def candidates(op: str, kernel: str, channels: int) -> Iterator[Job]:
     """Those whose tiles can fit, of a kernel that is used; above 256 channels also with several programs for the channels of a result."""
     if op == "codebook" and (kernel == "student") != codebook_table.in_one_sweep(channels, torch.bfloat16):
         return
-    width = sum(tiles.parts(channels))
-    if op == "spatial_attention":
-        row_maps, column_maps, sums = 2 if kernel == "slopes" else 1, 1 if kernel == "attend" else 2, 1
-    else:
-        row_maps, column_maps, sums = 2, 1, {"student": 2, "statistics": 0, "slopes": 1}[kernel]
-    whole, kind = (
-        (attention_table.MOST_CHANNELS, attention_table.Tile)
-        if op == "spatial_attention"
-        else (codebook_table.ALL, codebook_table.Tile)
-    )
-    slices = (whole,) if channels <= 256 or kernel in ("student", "statistics") else (128, 256, whole)
+    kind, load, width = TABLES[op].Tile, KERNELS[op][kernel], sum(tiles.parts(channels))
+    whole = kind._field_defaults["slice"]
+    slices = (128, 256, whole) if channels > 256 and load.sums == 1 else (whole,)
     depths = (2, 3, 4) if channels <= 128 else (2, 3)
     for (rows, warps), columns, stages, piece in product(ROWS_AND_WARPS, (16, 32, 64, 128), depths, slices):
-        held = 2 * width * (row_maps * rows + column_maps * stages * columns)
-        registers = sums * rows * min(width, piece) // (32 * warps)  # of a thread
+        held = 2 * width * (load.rows * rows + load.columns * stages * columns)
+        registers = load.sums * rows * min(width, piece) // (32 * warps)  # of a thread
         if held <= SHARED_MEMORY and registers <= 192 and rows * columns >= (2048 if channels <= 256 else 1024):
             yield Job(op, kernel, channels, kind(rows, columns, warps, stages, piece))
 
