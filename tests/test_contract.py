@@ -83,9 +83,8 @@ def test_01_matches_float64(case: Case, dtype: torch.dtype, poisoned_memory: Non
     outs, grads = case.gradients(given)
     factor = 4 if dtype == torch.bfloat16 and case.backend == "triton" and not GPU else 2
     found = eager_and_exact(case, given)
-    scale = largest(
-        [truth for _, truth in found[len(outs) :]]
-    )  # a gradient that is zero is measured by the largest of the others
+    # A gradient that is zero is measured by the largest of the others.
+    scale = largest([truth for _, truth in found[len(outs) :]])
     for mine, (eager, truth) in zip((*outs, *grads), found, strict=True):
         assert mine.shape == truth.shape
         assert mine.dtype == (dtype if truth.is_floating_point() else truth.dtype)

@@ -1,6 +1,6 @@
-"""Makes the pictures of docs/evaluation.md: input, restored image and ground truth of a photograph that no network was trained on.
+"""Makes the pictures of docs/evaluation.md: `python docs/images/make.py`.
 
-python docs/images/make.py
+Input, restored image and ground truth of photographs that no network was trained on.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from trainers.sources import open_source
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SIDE, ENLARGED = 128, 2
-PICTURES: dict[
-    str, tuple[Degradation, int, Path, str, int, int]
-] = {  # with scale, network, photograph, first row and column
+# Name: degradation, scale, network, photograph, its first row and column.
+PICTURES: dict[str, tuple[Degradation, int, Path, str, int, int]] = {
     "sr": (Bicubic(), 2, ROOT / "trainers/weights/edsr-x2.safetensors", "chelsea", 64, 180),
     "denoise": (Noise(sigma=25.0), 1, ROOT / "releases/restormer-denoise25.safetensors", "chelsea", 64, 180),
     "derain": (Rain(density=12.0), 1, ROOT / "releases/nafnet-derain.safetensors", "coffee", 120, 240),

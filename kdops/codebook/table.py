@@ -22,14 +22,14 @@ class Tile(NamedTuple):
     held: int = ALL  # channels of the logits on chip at a time: more of them stream through, so many at a time
 
 
-# By architecture or the first part of its name, kernel and bytes of a number: the tile of up to so many channels. Those of cuda:90 for 64
-# and 256 channels of 2 bytes were the fastest on an H200 (`python -m benchmarks.tune codebook 64 256`), the others are chosen among the
-# largest that spill no register and fit the shared memory when compiled (docs/performance/codebook.md).
 FLOAT32: dict[tuple[str, int], dict[int, Tile]] = {
     ("statistics", 4): {512: Tile(64, 32, 8, 1, held=32)},
     ("slopes", 4): {512: Tile(64, 32, 8, 1, 64, 32)},
     ("code_sums", 4): {512: Tile(16, 64, 8, 1, 64, 32)},
 }
+# By architecture or the first part of its name, kernel and bytes of a number: the tile of up to so many channels. Those of cuda:90 for 64
+# and 256 channels of 2 bytes were the fastest on an H200 (`python -m benchmarks.tune codebook 64 256`), the others are chosen among the
+# largest that spill no register and fit the shared memory when compiled (docs/performance/codebook.md).
 TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
     "cuda:80": {
         ("statistics", 2): {128: Tile(128, 64, 8, 2), 512: Tile(64, 32, 8, 2), 1024: Tile(32, 32, 8, 1)},
