@@ -142,7 +142,7 @@ class Train(Section):
     nodes: int = Field(default=1, ge=1)
     """Machines, each with as many devices; more than one is started by torchrun or SLURM on each."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """How several devices share the work: ddp, each holds the whole student; fsdp is refused so far, with the reason."""
+    """How several devices share the work: ddp, each holds the whole student; fsdp, each holds a part of its weights and moments."""
     seed: int = Field(default=0, ge=0)
     """Seed of the student's initialisation and of the data."""
     teacher_cache: TeacherCacheOptions | None = None
@@ -255,13 +255,6 @@ def contradictions_at(config: Config) -> list[tuple[str, str]]:
             (
                 "data.batch",
                 f"method {method.name} relates patches of a batch: {data.batch} is below {method.smallest_batch}",
-            )
-        )
-    if train.strategy == "fsdp":
-        found.append(
-            (
-                "train.strategy",
-                "fsdp, but the moving average is a copy of the student, and torch lets nobody copy a sharded network: choose ddp",
             )
         )
     if method.indivisible and train.accumulate > 1:

@@ -17,14 +17,12 @@ class EMA:
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self._pairs = list(zip(self.network.parameters(), network.parameters(), strict=True))
-        self._buffers = list(zip(self.network.buffers(), network.buffers(), strict=True))
+        self.source = network
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, weights = zip(*self._pairs, strict=True)
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-        if self._buffers:
-            averages, current = zip(*self._buffers, strict=True)
-            torch._foreach_copy_(averages, current)
+        # Asked for in each step: sharding puts other parameters in their places.
+        torch._foreach_lerp_(list(self.network.parameters()), list(self.source.parameters()), 1 - decay)
+        if buffers := list(self.network.buffers()):
+            torch._foreach_copy_(buffers, list(self.source.buffers()))

@@ -16,6 +16,7 @@ from trainers.architectures import Network
 from trainers.config import Config, Train, stages
 from trainers.config_file import changes, load_config
 from trainers.data.sets import TrainSet, open_train_set
+from trainers.ema import EMA
 from trainers.errors import InputError
 from trainers.events import Events
 from trainers.loop import Loop
@@ -23,6 +24,7 @@ from trainers.progress import TrainingProgress
 from trainers.randomness import seed_everything
 from trainers.recompute import recompute
 from trainers.run_folder import RunFolder
+from trainers.sharding import Sharded
 from trainers.signals import sigterm_interrupts
 from trainers.slicing import build_student
 from trainers.step import TrainStep
@@ -88,9 +90,10 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
             loop.run(progress)
             if cache is not None:
                 progress.say(cache.summary())
+        result = loop.result()
         if fabric.is_global_zero:
             position = loop.position
-            write_results(loop.validation, loop.result, folder, seconds=position.seconds, best=position.best)
+            write_results(loop.validation, result, folder, seconds=position.seconds, best=position.best)
         fabric.barrier()
     finally:
         folder.close()
@@ -108,13 +111,22 @@ def summary(config: Config, fabric: Fabric, folder: RunFolder) -> str:
 
 
 def make_fabric(train: Train) -> Fabric:
-    """Fabric for the config's devices and precision; it starts the other processes by itself."""
-    return Fabric(
+    """Fabric for the config's devices and precision; it starts the other processes by itself.
+
+    Raises:
+        InputError: a student to be shared among one device.
+    """
+    fabric = Fabric(
         accelerator=train.accelerator,
         devices=train.devices,
         num_nodes=train.nodes,
         precision="bf16-mixed" if train.precision == "bf16" else "32-true",
+        strategy=Sharded() if train.strategy == "fsdp" else "auto",
     )
+    # Asked before the launch, which leaves its traces in the environment.
+    if isinstance(fabric.strategy, Sharded) and fabric.strategy.num_processes * train.nodes == 1:
+        raise InputError("train.strategy: fsdp shares the student among devices, and this is one: choose ddp")
+    return fabric
 
 
 def build_loop(
@@ -128,10 +140,15 @@ def build_loop(
     train_step = build_step(config, student, train_sets[0], fabric.device, calibrate=not resuming, cache=cache)
     if cache is not None:
         enable(cache, stages(config), train_step, fabric.device)
-    optimizer = make_optimizer(config.train, train_step)
-    model, wrapped_optimizer = fabric.setup(train_step, optimizer)
+    ema = None if config.train.ema is None else EMA(student, config.train.ema)
+    if ema and isinstance(fabric.strategy, Sharded):
+        fabric.strategy.shard(ema.network)
+    model = fabric.setup_module(train_step)
+    # After the set-up: sharding puts other parameters in the places of the student's.
+    optimizer = fabric.setup_optimizers(make_optimizer(config.train, train_step))
+    assert isinstance(optimizer, torch.optim.Optimizer)  # Fabric gives a tuple for several
     validation = Validation(config, fabric.device)
-    loop = Loop(fabric, config, train_step, model, wrapped_optimizer, train_sets, validation, folder)
+    loop = Loop(fabric, config, train_step, model, optimizer, train_sets, validation, folder, ema)
     if resuming:
         loop.restore()
     return loop

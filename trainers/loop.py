@@ -15,7 +15,8 @@ from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainers.checkpoint import SaveFailed
+from trainers import sharding
+from trainers.checkpoint import SaveFailed, Weights
 from trainers.config import Config, stages
 from trainers.data.loader import batches
 from trainers.data.sets import TrainSet
@@ -28,6 +29,7 @@ from trainers.progress import TrainingProgress
 from trainers.randomness import random_state, restore_random_state
 from trainers.run_folder import RunFolder
 from trainers.schedule import learning_rate
+from trainers.sharding import gathered, scattered, scattered_optimizer, whole
 from trainers.signals import Interrupted, StopRequest
 from trainers.step import TrainStep
 from trainers.validation import Validation
@@ -75,6 +77,7 @@ class Loop:
         train_sets: Sequence[TrainSet],
         validation: Validation,
         folder: RunFolder,
+        ema: EMA | None,
     ) -> None:
         self.fabric = fabric
         self.config = config
@@ -87,15 +90,18 @@ class Loop:
         self.folder = folder
         self.checkpoints = folder.checkpoints(config.train.keep)
         self.weights = LossWeights(config.method.weights)
-        self.ema = None if config.train.ema is None else EMA(train_step.student, config.train.ema)
+        self.ema = ema
         self.position = Position()
         self.window = Window()
         self.micro_batches = MicroBatches(fabric, self.stages, train_step)
 
-    @property
     def result(self) -> nn.Module:
-        """The network that is validated and shipped: the average of the student's weights, or the last ones."""
-        return self.ema.network if self.ema else self.train_step.student
+        """The network that is validated and shipped: the average of the student's weights, or the last ones.
+
+        Every device must ask for it, since sharded weights are gathered.
+        """
+        network = self.ema.network if self.ema else self.train_step.student
+        return whole(network, self.config.student, self.fabric.device)
 
     def run(self, progress: TrainingProgress) -> None:
         """Trains to the last step.
@@ -172,7 +178,8 @@ class Loop:
             group["lr"] = learning_rate(train, step)
         parts = self.micro_batches.split(lq, gt, step)
         if self.weights.measured_terms and step % train.share_every == 0:
-            self.weights.update(gradient_norms(self.fabric, self.train_step, parts))
+            norms = sharding.gradient_norms if self.config.train.strategy == "fsdp" else gradient_norms
+            self.weights.update(norms(self.fabric, self.train_step, parts))
         weights, seen = self.weights.at(step), []
         for index, batch in enumerate(parts):
             with self.fabric.no_backward_sync(self.model, enabled=index < len(parts) - 1):
@@ -232,9 +239,9 @@ class Loop:
 
     def _validate(self, progress: TrainingProgress) -> bool:
         """Measures the result on every set; whether it is the best so far on the first."""
-        improved = False
+        improved, result = False, self.result()
         if self.fabric.is_global_zero:
-            restorer = any_size(self.config.student, self.result, self.config.val.tile)
+            restorer = any_size(self.config.student, result, self.config.val.tile)
             for index, measured in enumerate(self.validation(restorer)):
                 self._write({"kind": "val", "step": self.position.step, **measured, "seconds": self.position.seconds})
                 best = self.position.best
@@ -280,21 +287,24 @@ class Loop:
         randomness = gather_objects(self.fabric, random_state(self.fabric.device))
         if self.window.losses:
             self.window.losses = list(self._everywhere(torch.stack(self.window.losses)))
-        if not all(bool(value.isfinite().all()) for value in self.train_step.student.parameters()):
+        weights, state = self._state(randomness)
+        if not all(bool(value.isfinite().all()) for value in weights["student"].values()):
             raise Diverged(
                 f"the student's weights are not finite after step {self.position.step}; nothing was saved of it"
             )
         failure: SaveFailed | None = None
         if self.fabric.is_global_zero:
             try:
-                self._write_checkpoint(randomness, best)
+                self.folder.sync()
+                self.checkpoints.save(self.position.step, weights, state, best=best)
             except SaveFailed as error:
                 failure = error
         failure = self.fabric.broadcast(failure)
         if failure is not None:
             raise failure
 
-    def _write_checkpoint(self, randomness: list[Any], best: bool) -> None:
+    def _state(self, randomness: list[Any]) -> tuple[dict[str, Weights], dict[str, Any]]:
+        """(weights, state) of a checkpoint, the same for any strategy and number of devices."""
         weights = {"student": self.train_step.student.state_dict()}
         if self.ema:
             weights["ema"] = self.ema.network.state_dict()
@@ -308,8 +318,7 @@ class Loop:
             "window": vars(self.window),
             "randomness": randomness,
         }
-        self.folder.sync()
-        self.checkpoints.save(self.position.step, weights, state, best=best)
+        return gathered(weights), gathered(state)
 
     def restore(self) -> None:
         """Goes back to the last checkpoint, and metrics.jsonl with it.
@@ -319,13 +328,15 @@ class Loop:
         """
         path, weights, state = self.checkpoints.read_last()
         try:
-            self.train_step.student.load_state_dict(weights["student"])
-            self.train_step.load_state_dict(state["others"], strict=False)
-            if set(state["others"]) != set(self.train_step.others()):
+            student, others = self.train_step.student, state["others"]
+            student.load_state_dict(scattered(weights["student"], student))
+            self.train_step.load_state_dict(scattered(others, self.train_step), strict=False)
+            if set(others) != set(self.train_step.others()):
                 raise KeyError("its adapters and method state are those of another method")
             if self.ema:
-                self.ema.network.load_state_dict(weights.get("ema", weights["student"]))
-            self.optimizer.load_state_dict(state["optimizer"])
+                average = self.ema.network
+                average.load_state_dict(scattered(weights.get("ema", weights["student"]), average))
+            self.optimizer.load_state_dict(scattered_optimizer(state["optimizer"], self.optimizer))
         except (RuntimeError, KeyError, ValueError) as error:
             raise InputError(f"{path} does not fit the config: {error}; undo the change, or start a new run") from None
         self.weights.load(state["loss_weights"])

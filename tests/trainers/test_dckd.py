@@ -102,17 +102,17 @@ def test_the_history_model_follows_the_average_on_its_schedule() -> None:
     average = nn.Conv2d(3, 3, 3, padding=1).double().requires_grad_(False)
     start = copy.deepcopy(method.history.state_dict())
     for step in (1, 2):
-        method.after_step(step, average)
+        method.after_step(step, lambda: average)
     assert all(torch.equal(value, start[key]) for key, value in method.history.state_dict().items())
-    method.after_step(3, average)
+    method.after_step(3, lambda: average)
     for key, value in method.history.state_dict().items():
         torch.testing.assert_close(value, 0.1 * start[key] + 0.9 * average.state_dict()[key])
     before = copy.deepcopy(method.history.state_dict())
     method.after_step(
-        100_002, average
+        100_002, lambda: average
     )  # divides by 3, but the interval is 4 from here on, and stays 4 after the last phase
     assert all(torch.equal(value, before[key]) for key, value in method.history.state_dict().items())
-    method.after_step(400_000, average)
+    method.after_step(400_000, lambda: average)
     assert any(not torch.equal(value, before[key]) for key, value in method.history.state_dict().items())
 
 

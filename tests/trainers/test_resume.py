@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainers.test_loop import assert_same_training
 from tests.trainers.tiny import assert_same_state, last_state, metrics, write_tiny
 from trainers import launch
 from trainers.cli import main
@@ -151,3 +152,13 @@ def test_resume_without_a_run_or_a_checkpoint(
         (run / "config.yaml").write_text(write_tiny(tmp_path).read_text().replace("gt: ", f"gt: {tmp_path}/"))
     assert main(["resume", str(run)]) == 2
     assert ("no checkpoint" if present else "run folder") in capsys.readouterr().err
+
+
+def test_resume_in_another_memory_layout(tmp_path: Path) -> None:
+    """A fused optimiser pairs weights and moments by where they lie: saved ones must take the new layout."""
+    config = write_tiny(tmp_path, steps=6, save_every=3, schedule="constant", log_every=1)
+    assert main(["train", str(config)]) == 0
+    assert main(["train", str(config), "--set", "name=part", "--set", "train.steps=3"]) == 0
+    other = ["--set", "train.channels_last=false", "--set", "train.steps=6"]
+    assert main(["resume", str(tmp_path / "runs" / "part"), *other]) == 0
+    assert_same_training(tmp_path / "runs" / "scratch", tmp_path / "runs" / "part")

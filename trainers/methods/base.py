@@ -129,5 +129,5 @@ class Method(nn.Module):
     def calibrate(self, samples: Iterable[tuple[Tensor, Tensor]], teachers: Mapping[str, Network]) -> None:
         """Sets what is measured on the samples (1, ...) of the first batch, once, before step 0; without gradient."""
 
-    def after_step(self, step: int, average: nn.Module) -> None:
-        """Called after the `step`-th optimiser step (from 1) with the moving average of the student."""
+    def after_step(self, step: int, average: Callable[[], nn.Module]) -> None:
+        """Called after the `step`-th optimiser step (from 1) with what gives the moving average of the student."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -118,11 +118,11 @@ class DCKD(Method):
         return self
 
     @torch.no_grad()
-    def after_step(self, step: int, average: nn.Module) -> None:
+    def after_step(self, step: int, average: Callable[[], nn.Module]) -> None:
         phases = self.options.history_every
         if step % phases[min((step - 1) // PHASE, len(phases) - 1)] == 0:
             theirs = [parameter.data for parameter in self.history.parameters()]
-            torch._foreach_lerp_(theirs, list(average.parameters()), 1 - self.options.history_decay)
+            torch._foreach_lerp_(theirs, list(average().parameters()), 1 - self.options.history_decay)
 
     def forward(self, batch: Batch, student: Network, teachers: Mapping[str, Network]) -> dict[str, Tensor]:
         restored, _ = student(batch.lq)
