@@ -100,7 +100,7 @@ class Planner:
 
     def simulate(self, point: Point) -> tuple[StepCosts, int]:
         """Costs of a point on fake tensors, and the bytes of teacher features that its micro-batches share."""
-        train_step = self._step(point.recompute)
+        train_step = self.train_step(point.recompute)
         if point not in self._simulated:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 costs, shared = run_parts(train_step, self.config, point)
@@ -145,7 +145,7 @@ class Planner:
         twin = dataclasses.replace(point, backend="kdops")
         return twin if self.simulate(twin) == self.simulate(point) else point
 
-    def _step(self, recompute: bool) -> TrainStep:
+    def train_step(self, recompute: bool) -> TrainStep:
         if recompute not in self._steps:
             self._steps[recompute] = build(self.config, recompute)
         return self._steps[recompute]
@@ -162,6 +162,10 @@ class Planner:
             measured = [self._measure(point) for point in points]
             self._learned[backend] = learn(simulated, measured)
         return self._learned[backend]
+
+    def seconds_of(self, part: str, work: float) -> float:
+        """What a part takes for some work on kdops."""
+        return self._of_backend("kdops").rates[part] * work
 
     def learned_from(self, point: Point) -> bool:
         """Whether its own measurement is one of those from which its backend's predictions were learned."""
@@ -357,7 +361,7 @@ def _child() -> None:
         started = time.perf_counter()
         training_step(train_step, config, point, optimizer)
         seconds.append(time.perf_counter() - started)
-    peak = _process_peak()
+    peak = process_peak()
     costs, _ = run_parts(train_step, config, point)
     print(json.dumps({"peak": peak, "seconds": seconds[-1], "costs": dataclasses.asdict(costs)}))
 
@@ -382,7 +386,7 @@ def training_step(train_step: TrainStep, config: Config, point: Point, optimizer
     optimizer.zero_grad(set_to_none=True)
 
 
-def _process_peak() -> int:
+def process_peak() -> int:
     """Bytes: of the resident set, or of the GPU's memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved()

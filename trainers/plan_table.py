@@ -14,12 +14,13 @@ from trainers.config import Config
 from trainers.errors import InputError
 from trainers.fields import parse_bytes
 from trainers.plan import BACKENDS, Planned, Planner, Point, free_memory, patch_problems
+from trainers.plan_images import Validated, plan_validation, tile_that_fits
 
 MIB, GIB = 2**20, 2**30
 
 
 def plan_command(config: Config, memory: str | None, patches: str | None, longest: float, as_json: bool) -> bool:
-    """Plan the config at each patch and print it; whether the first patch fits somehow.
+    """Plan the config at each patch, and its validation, and print it; whether the first patch and validation fit somehow.
 
     Raises:
         InputError: a size or a patch that cannot be.
@@ -27,8 +28,8 @@ def plan_command(config: Config, memory: str | None, patches: str | None, longes
     planner = Planner(config, free_memory() if memory is None else parse_bytes(memory), longest)
     console = Console(stderr=as_json)
     found, fits = [], []
-    for patch in _patches(config, patches):
-        micro = config.data.batch // config.train.accumulate
+    sides, micro = _patches(config, patches), config.data.batch // config.train.accumulate
+    for patch in sides:
         points = [Point(patch, micro, config.train.recompute, backend) for backend in BACKENDS]
         planned = [planner.plan(point) for point in points]
         proposal = planner.proposal("kdops", patch)
@@ -40,9 +41,14 @@ def plan_command(config: Config, memory: str | None, patches: str | None, longes
         for plan in planned:
             console.print(verdict(plan, planner.memory, planner.longest), highlight=False, soft_wrap=True)
         console.print(_proposed(proposal, planner.memory), highlight=False, soft_wrap=True)
+    first = Point(sides[0], micro, config.train.recompute, "kdops")
+    validated = plan_validation(planner, first)
+    tiled = None if validated.peak <= planner.memory else tile_that_fits(planner, first)
+    console.print(validation_verdict(validated, tiled, planner.memory), highlight=False, soft_wrap=True)
     if as_json:
-        print(json.dumps({"memory": planner.memory, "patches": found}, indent=1))
-    return fits[0]
+        validation = dataclasses.asdict(validated) | {"proposal": tiled and f"val.tile={tiled.tile}"}
+        print(json.dumps({"memory": planner.memory, "patches": found, "validation": validation}, indent=1))
+    return fits[0] and (tiled or validated).peak <= planner.memory
 
 
 def _patches(config: Config, text: str | None) -> list[int]:
@@ -107,6 +113,17 @@ def _proposed(proposal: tuple[Planned, list[str]] | None, memory: int) -> str:
     plan, settings = proposal
     given = " ".join(f"--set {setting}" for setting in settings)
     return f"to fit in {memory / GIB:.2f} GiB: {given} (micro-batches of {plan.point.micro}, {plan.peak / GIB:.2f} GiB simulated)"
+
+
+def validation_verdict(plan: Validated, tiled: Validated | None, memory: int) -> str:
+    """Whether validation fits, with its number, and what makes it fit."""
+    height, width = plan.size
+    how_known = "measured" if plan.measured else "simulated"
+    needs = f"validation: {plan.peak / GIB:.2f} GiB ({how_known}), {plan.decoded / GIB:.2f} of it images that are kept decoded"
+    if plan.peak <= memory:
+        return f"{needs}, fits in {memory / GIB:.2f} GiB"
+    advice = f"to fit: --set val.tile={tiled.tile} ({tiled.peak / GIB:.2f} GiB simulated)" if tiled else "no tile fits"
+    return f"{needs}, is refused: above {memory / GIB:.2f} GiB; {plan.image} has {width} x {height} pixels; {advice}"
 
 
 def _plain(plan: Planned) -> dict[str, Any]:

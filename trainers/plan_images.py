@@ -1,0 +1,171 @@
+"""What images add to the memory of a training process: those that validation restores, and those that are kept decoded.
+
+Where it fits, a process of its own makes a training step and restores an image as large as the largest of the validation sets, by the
+student and by the teacher, which a run measures at its end. Beyond, the bytes are counted on fake tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trainers.architectures import Network
+from trainers.config import Config
+from trainers.data.folders import PairFiles
+from trainers.data.images import stored_size
+from trainers.data.pairs import CACHE_BYTES
+from trainers.data.sets import train_files, val_files
+from trainers.errors import InputError
+from trainers.inference import Restorer
+from trainers.launch import make_optimizer
+from trainers.live_bytes import LiveBytes
+from trainers.metrics import PROTOCOLS, psnr, ssim
+from trainers.networks import any_size
+from trainers.plan import Planner, Point, build, free_memory, make_state, process_peak, training_step
+from trainers.step import TrainStep
+
+TILES = (512, 384, 256, 192, 128, 96, 64)  # sides to propose for val.tile
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What validation takes the process to."""
+
+    image: str
+    """The largest: <set>/<image>."""
+    size: tuple[int, int]
+    """Its height and width."""
+    tile: int | None
+    """val.tile."""
+    decoded: int
+    """Bytes of the images that the process keeps decoded, of training and validation; part of the peak."""
+    peak: int
+    """Bytes of the process at its highest."""
+    measured: bool
+
+
+def plan_validation(planner: Planner, point: Point) -> Validated:
+    """After a step at `point`: measured where it fits and takes no longer than allowed, else simulated."""
+    found, seconds = simulated(planner, point, planner.config.val.tile)
+    if found.peak > min(planner.memory, free_memory()) or seconds > planner.longest:
+        return found
+    peak = _measure_in_child(planner.config, point, found.size) + found.decoded
+    return dataclasses.replace(found, peak=peak, measured=True)
+
+
+def tile_that_fits(planner: Planner, point: Point) -> Validated | None:
+    """With the largest tile that fits in the memory, simulated; None if none does."""
+    for tile in TILES:
+        try:
+            found, _ = simulated(planner, point, tile)
+        except ValueError:  # no multiple of what the network needs
+            continue
+        if found.peak <= planner.memory:
+            return found
+    return None
+
+
+def simulated(planner: Planner, point: Point, tile: int | None) -> tuple[Validated, float]:
+    """What is counted and learned of a validation, and its seconds."""
+    config, step = planner.config, planner.predict(point)
+    image, size = largest_image(config)
+    kept = decoded(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
+        restore(config, planner.train_step(point.recompute), size, tile)
+    # Of the step, the process keeps its small storages, which glibc does not give back.
+    before = step.peak - step.costs.peak + step.costs.small
+    found = Validated(image, size, tile, kept, before + live.peak + kept, measured=False)
+    return found, planner.seconds_of("student", live.work)
+
+
+@torch.no_grad()
+def restore(config: Config, train_step: TrainStep, size: tuple[int, int], tile: int | None) -> None:
+    """Restores and measures a blank image by each network of a run."""
+    protocol, channels = PROTOCOLS[config.val.protocol], 1 if config.data.grey else 3
+    device = next(train_step.student.parameters()).device
+    lq = torch.zeros(1, channels, *(side // config.scale for side in size), device=device)
+    gt = torch.zeros(channels, *size, device=device)
+    for restorer in _restorers(config, train_step, tile):
+        restored: Tensor = restorer(lq)[0]
+        compared = protocol.prepare(restored, config.scale), protocol.prepare(gt, config.scale)
+        psnr(*compared)
+        ssim(*compared)
+
+
+def _restorers(config: Config, train_step: TrainStep, tile: int | None) -> list[Restorer]:
+    networks: list[tuple[Network, nn.Module]] = [(config.student, train_step.student)]
+    if config.teacher is not None and train_step.tapped_teachers:
+        networks.append((config.teacher, next(iter(train_step.tapped_teachers.values())).network))
+    return [any_size(described, network, tile) for described, network in networks]
+
+
+def largest_image(config: Config) -> tuple[str, tuple[int, int]]:
+    """Name and (height, width) of the largest ground truth of all validation sets, by the files' headers."""
+    found = [
+        (stored_size(pair.gt), f"{entry.name}/{pair.name}") for entry in config.data.val for pair in val_files(entry)[0]
+    ]
+    if not found:
+        raise InputError("data.val: its folders hold no images: kdtrain data check says what is wrong")
+    (height, width), name = max(found, key=lambda image: image[0][0] * image[0][1])
+    return name, (height // config.scale * config.scale, width // config.scale * config.scale)
+
+
+def decoded(config: Config) -> int:
+    """Bytes of the images that the process keeps, one byte a value, as far as its caches go; data workers keep training's instead."""
+    kept = sum(_kept(val_files(entry)[0], config) for entry in config.data.val)
+    return kept if config.data.workers else kept + _kept(train_files(config.data)[0], config)
+
+
+def _kept(files: Sequence[PairFiles], config: Config) -> int:
+    """Ground truths, and inputs where they are other images."""
+    inputs = 1.0 if config.scale > 1 or any(pair.lq for pair in files) else 0.0
+    values = sum(height * width for height, width in (stored_size(pair.gt) for pair in files))
+    channels = 1 if config.data.grey else 3
+    return min(CACHE_BYTES, int(channels * values * (1 + inputs / config.scale**2)))
+
+
+# --- in a process of its own ---------------------------------------------------------------------------------------------------------
+
+
+def _measure_in_child(config: Config, point: Point, size: tuple[int, int]) -> int:
+    """Bytes of a process that trains and validates.
+
+    Raises:
+        InputError: the process ended early, for lack of memory most likely.
+    """
+    job = {"config": config.model_dump(mode="json"), "point": dataclasses.asdict(point), "size": size}
+    run = subprocess.run(
+        [sys.executable, "-m", "trainers.plan_images"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    if run.returncode:
+        last = (run.stderr.strip().splitlines() or ["it was killed"])[-1]
+        raise InputError(f"validation of an image of {size[1]} x {size[0]} could not be measured: {last}")
+    return int(run.stdout.splitlines()[-1])
+
+
+def _child() -> None:
+    job = json.load(sys.stdin)
+    config, point = Config.model_validate(job["config"]), Point(**job["point"])
+    train_step = build(config, point.recompute)
+    optimizer = make_optimizer(config.train, train_step)
+    make_state(optimizer)
+    training_step(train_step, config, point, optimizer)
+    restore(config, train_step, tuple(job["size"]), config.val.tile)
+    print(process_peak())
+
+
+if __name__ == "__main__":
+    _child()
