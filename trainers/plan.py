@@ -314,23 +314,28 @@ class Measured:
 
 
 def measure_in_child(config: Config, point: Point) -> Measured:
-    """Run the point for real.
+    """Run the point for real. InputError: see in_child."""
+    job = {"config": config.model_dump(mode="json"), "point": dataclasses.asdict(point)}
+    return measured_from(in_child(__name__, job, f"the step of patch {point.patch} and micro-batch {point.micro}"))
+
+
+def in_child(module: str, job: Any, what: str) -> Any:
+    """What `python -m module` prints last, given the job.
 
     Raises:
         InputError: the process ended early, for lack of memory most likely.
     """
-    job = json.dumps({"config": config.model_dump(mode="json"), "point": dataclasses.asdict(point)})
     run = subprocess.run(
-        [sys.executable, "-m", "trainers.plan"],
-        input=job,
+        [sys.executable, "-m", module],
+        input=json.dumps(job),
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["it was killed"])[-1]
-        raise InputError(f"the step of patch {point.patch} and micro-batch {point.micro} could not be measured: {last}")
-    return measured_from(json.loads(run.stdout.splitlines()[-1]))
+        raise InputError(f"{what} could not be measured: {last}")
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def measured_from(found: dict[str, Any]) -> Measured:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from trainers.launch import make_optimizer
 from trainers.live_bytes import LiveBytes
 from trainers.metrics import PROTOCOLS, psnr, ssim
 from trainers.networks import any_size
-from trainers.plan import Planner, Point, build, free_memory, make_state, process_peak, training_step
+from trainers.plan import Planner, Point, build, free_memory, in_child, make_state, process_peak, training_step
 from trainers.step import TrainStep
 
 TILES = (512, 384, 256, 192, 128, 96, 64)  # sides to propose for val.tile
@@ -58,8 +56,10 @@ def plan_validation(planner: Planner, point: Point) -> Validated:
     found, seconds = simulated(planner, point, planner.config.val.tile)
     if found.peak > min(planner.memory, free_memory()) or seconds > planner.longest:
         return found
-    peak = _measure_in_child(planner.config, point, found.size) + found.decoded
-    return dataclasses.replace(found, peak=peak, measured=True)
+    config, (height, width) = planner.config, found.size
+    job = {"config": config.model_dump(mode="json"), "point": dataclasses.asdict(point), "size": found.size}
+    peak = in_child(__name__, job, f"validation of an image of {width} x {height}")
+    return dataclasses.replace(found, peak=peak + found.decoded, measured=True)
 
 
 def tile_that_fits(planner: Planner, point: Point) -> Validated | None:
@@ -134,26 +134,6 @@ def _kept(files: Sequence[PairFiles], config: Config) -> int:
 
 
 # --- in a process of its own ---------------------------------------------------------------------------------------------------------
-
-
-def _measure_in_child(config: Config, point: Point, size: tuple[int, int]) -> int:
-    """Bytes of a process that trains and validates.
-
-    Raises:
-        InputError: the process ended early, for lack of memory most likely.
-    """
-    job = {"config": config.model_dump(mode="json"), "point": dataclasses.asdict(point), "size": size}
-    run = subprocess.run(
-        [sys.executable, "-m", "trainers.plan_images"],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    if run.returncode:
-        last = (run.stderr.strip().splitlines() or ["it was killed"])[-1]
-        raise InputError(f"validation of an image of {size[1]} x {size[0]} could not be measured: {last}")
-    return int(run.stdout.splitlines()[-1])
 
 
 def _child() -> None:
