@@ -1,7 +1,8 @@
 """What a second process changes: steps a second, bytes exchanged in a step, peak memory. `python -m benchmarks.devices [METHOD ...]`
 
 Trains the demo for 20 and for 60 steps, in one process with two threads, in one with one thread, and in two with one thread each. Bytes are
-those of the loopback interface, the longer run less the shorter: run it on a machine that is otherwise quiet.
+those of the loopback interface, the longer run less the shorter: run it on a machine that is otherwise quiet. Two processes hold the student
+each, or share it (fsdp).
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ def loopback() -> int:
     return int(line.split(":")[1].split()[0])
 
 
-def train(folder: Path, method: str, processes: int, threads: int, steps: int) -> tuple[float, int]:
+def train(folder: Path, method: str, processes: int, threads: int, strategy: str, steps: int) -> tuple[float, int]:
     """(steps a second in the second half, bytes on loopback) of one run."""
-    name = f"{method}-{processes}-{threads}-{steps}"
+    name = f"{method}-{processes}-{threads}-{strategy}-{steps}"
     settings = [f"name={name}", f"out={folder}", f"method.name={method}", f"train.devices={processes}"]
+    settings += [f"train.strategy={strategy}"]
     settings += [f"train.steps={steps}", f"train.log_every={steps // 2}", "train.warmup=0", "val.save_images=0"]
     settings += ["train.share_every=1000000", "train.accelerator=cpu"]
     command = [sys.executable, "-m", "trainers", "train", str(RECIPE), *(p for s in settings for p in ("--set", s))]
@@ -40,13 +42,13 @@ def train(folder: Path, method: str, processes: int, threads: int, steps: int) -
 def main(methods: list[str]) -> None:
     with tempfile.TemporaryDirectory() as place:
         for method in methods:
-            for processes, threads in ((1, 2), (1, 1), (2, 1)):
-                _, few = train(Path(place), method, processes, threads, SHORT)
-                rate, many = train(Path(place), method, processes, threads, LONG)
+            for case in ((1, 2, "ddp"), (1, 1, "ddp"), (2, 1, "ddp"), (2, 1, "fsdp")):
+                _, few = train(Path(place), method, *case, SHORT)
+                rate, many = train(Path(place), method, *case, LONG)
                 exchanged = (many - few) / (LONG - SHORT)
                 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
                 print(
-                    f"{method}: {processes} x {threads} threads: {rate:.2f} steps/s, {exchanged / 1024:.1f} KiB/step on loopback, "
+                    f"{method}: {case[0]} x {case[1]} threads, {case[2]}: {rate:.2f} steps/s, {exchanged / 1024:.1f} KiB/step on loopback, "
                     f"largest process so far {peak:.0f} MiB",
                     flush=True,
                 )

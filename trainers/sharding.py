@@ -101,7 +101,7 @@ def _part(value: Tensor, like: Tensor | None) -> Tensor:
 
 def whole(network: nn.Module, described: Network, device: torch.device) -> nn.Module:
     """A sharded network with all of its weights on this device, for validation; all devices must call it. Others stay as they are."""
-    if not isinstance(network, FSDPModule):
+    if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
         return network
     weights = gathered(network.state_dict())
     with torch.random.fork_rng(devices=[]):
