@@ -1,8 +1,8 @@
 """What a second process changes: steps a second, bytes exchanged in a step, peak memory. `python -m benchmarks.devices [METHOD ...]`
 
-Trains the demo for 20 and for 60 steps, in one process with two threads, in one with one thread, and in two with one thread each. Bytes are
-those of the loopback interface, the longer run less the shorter: run it on a machine that is otherwise quiet. Two processes hold the student
-each, or share it (fsdp).
+Trains the demo for 20 and for 60 steps, in one process with two threads, in one with one thread, and in two with one thread each, which
+hold the student each or share it (fsdp). Bytes are those of the loopback interface, the longer run less the shorter: run it on a machine
+that is otherwise quiet.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ kdtrain train benchmarks/plans.yaml --set train.steps=2 --set data.batch=1 --set
 
 took 31.5 s (the second; the first also measures the gradients' shares, in 60.9 s) and 1.27 GiB at its end. Validation, which restores
 whole photographs, then took the process to 1.71 GiB; the last line of `kdtrain plan` is about it, and `val.tile` makes it smaller.
-On the reference `kdtrain plan` refuses the step with its number, in the tables below. A slow test in `tests/trainers/test_plan.py` holds the planned step
-below 4 GiB, its prediction within 10 %, and the refusal.
+On the reference `kdtrain plan` refuses the step with its number, in the tables below. A slow test in `tests/trainers/test_plan.py`
+holds the planned step below 4 GiB, its prediction within 10 %, and the refusal.
 """
 PREDICTED = """
 ## How right the predictions are
