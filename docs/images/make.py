@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 
 from trainers.data.degradations.base import Degradation
 from trainers.data.degradations.bicubic import Bicubic
+from trainers.data.degradations.blur import MotionBlur
 from trainers.data.degradations.noise import Noise
 from trainers.data.degradations.rain import Rain
 from trainers.data.images import to_float, write_png
@@ -27,6 +28,7 @@ PICTURES: dict[str, tuple[Degradation, int, Path, str, int, int]] = {
     "sr": (Bicubic(), 2, ROOT / "trainers/weights/edsr-x2.safetensors", "chelsea", 64, 180),
     "denoise": (Noise(sigma=25.0), 1, ROOT / "releases/restormer-denoise25.safetensors", "chelsea", 64, 180),
     "derain": (Rain(density=12.0), 1, ROOT / "releases/nafnet-derain.safetensors", "coffee", 120, 240),
+    "deblur": (MotionBlur(length=11.0), 1, ROOT / "releases/nafnet-deblur.safetensors", "chelsea", 64, 180),
 }
 
 
