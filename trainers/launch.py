@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -20,6 +19,7 @@ from trainers.ema import EMA
 from trainers.errors import InputError
 from trainers.events import Events
 from trainers.loop import Loop
+from trainers.networks import placed
 from trainers.progress import TrainingProgress
 from trainers.randomness import seed_everything
 from trainers.recompute import recompute
@@ -31,8 +31,6 @@ from trainers.step import TrainStep
 from trainers.taps import Adapters, Tapped, tap_group
 from trainers.teacher_cache import CachedTeacher, TeacherCache, enable, open_cache
 from trainers.validation import Validation, write_results
-
-Placed = TypeVar("Placed", bound=nn.Module)
 
 
 def train(config: Config, console: Console | None = None) -> Path:
@@ -164,9 +162,10 @@ def build_step(
     cache: TeacherCache | None = None,
 ) -> TrainStep:
     """The TrainStep of a config, on the device; its adapters calibrated on the batch of step 0 if asked."""
+    channels_last = config.train.channels_last
     method = methods.build(config.method)
     needs = method.requirements()
-    tapped = Tapped(_placed(student, config.train, device), wanted_taps(config.student, needs))
+    tapped = Tapped(placed(student, device, channels_last), wanted_taps(config.student, needs))
     if config.train.recompute:
         recompute(student, tapped.paths.values())
     teachers = {}
@@ -174,7 +173,7 @@ def build_step(
         assert config.teacher is not None  # config.contradictions saw to it
         described = config.teacher.model_copy(update={"weights": needs.weights.get(name, config.teacher.weights)})
         teacher = networks.build_network(described, name).eval().requires_grad_(False)
-        teachers[name] = Tapped(_placed(teacher, config.train, device), wanted_taps(config.teacher, needs))
+        teachers[name] = Tapped(placed(teacher, device, channels_last), wanted_taps(config.teacher, needs))
         if cache is not None:
             teachers[name] = CachedTeacher(teachers[name], described.model_dump_json(exclude={"weights"}), cache)
     first_batch = FirstBatch(config, train_set, device)
@@ -182,11 +181,11 @@ def build_step(
     if needs.taps and needs.adapters:
         with torch.no_grad():
             lq, gt = next(iter(first_batch))
-            adapters = _placed(Adapters(tapped(lq)[1], method.targets(lq, gt, teachers)), config.train, device)
+            adapters = placed(Adapters(tapped(lq)[1], method.targets(lq, gt, teachers)), device, channels_last)
             if calibrate:
                 adapters.calibrate((tapped(lq)[1], method.targets(lq, gt, teachers)) for lq, gt in first_batch)
     method.prepare(tapped.network)
-    train_step = TrainStep(tapped, _placed(method, config.train, device), adapters, teachers).train()
+    train_step = TrainStep(tapped, placed(method, device, channels_last), adapters, teachers).train()
     if calibrate:
         with torch.no_grad():
             method.calibrate(first_batch, train_step.teachers)
@@ -210,12 +209,6 @@ class FirstBatch:
         for index in range(self.config.data.batch):
             lq, gt = self.train_set.sample(self.config.train.seed, 0, index)
             yield lq[None].to(self.device), gt[None].to(self.device)
-
-
-def _placed(module: Placed, train: Train, device: torch.device) -> Placed:
-    module.to(device)
-    # The keyword is missing from torch's type of Module.to.
-    return module.to(memory_format=torch.channels_last) if train.channels_last else module  # type: ignore[call-overload]
 
 
 def make_optimizer(train: Train, train_step: TrainStep) -> torch.optim.Optimizer:

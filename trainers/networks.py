@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -14,6 +15,8 @@ from trainers.errors import InputError
 from trainers.inference import Tiled
 from trainers.models import ModelEntry
 from trainers.pretrained import nearest, read_weights, recognise
+
+Placed = TypeVar("Placed", bound=nn.Module)
 
 
 def build_network(network: Network, role: str) -> nn.Module:
@@ -34,6 +37,13 @@ def build_network(network: Network, role: str) -> nn.Module:
         except RuntimeError:
             raise InputError(f"{role}.weights: {network.weights} {misfit(network, state_dict, built)}") from None
     return built
+
+
+def placed(module: Placed, device: torch.device, channels_last: bool) -> Placed:
+    """The module on a device, with weights in the memory layout of train.channels_last; in place."""
+    module.to(device)
+    # The keyword is missing from torch's type of Module.to.
+    return module.to(memory_format=torch.channels_last) if channels_last else module  # type: ignore[call-overload]
 
 
 def tap_paths(network: Network) -> dict[str, str]:

@@ -15,8 +15,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -315,16 +316,18 @@ class Measured:
 
 def measure_in_child(config: Config, point: Point) -> Measured:
     """Run the point for real. InputError: see in_child."""
-    job = {"config": config.model_dump(mode="json"), "point": dataclasses.asdict(point)}
-    return measured_from(in_child(__name__, job, f"the step of patch {point.patch} and micro-batch {point.micro}"))
+    return measured_from(
+        in_child(__name__, config, point, f"the step of patch {point.patch} and micro-batch {point.micro}")
+    )
 
 
-def in_child(module: str, job: Any, what: str) -> Any:
-    """What `python -m module` prints last, given the job.
+def in_child(module: str, config: Config, point: Point, what: str, **others: Any) -> Any:
+    """What `python -m module` prints last, given config, point and others as its job.
 
     Raises:
         InputError: the process ended early, for lack of memory most likely.
     """
+    job = {"config": config.model_dump(mode="json"), "point": dataclasses.asdict(point), **others}
     run = subprocess.run(
         [sys.executable, "-m", module],
         input=json.dumps(job),
@@ -354,21 +357,26 @@ def _child() -> None:
     """Read a job, run its step as training would, say what it took."""
     import time
 
-    from trainers.launch import make_optimizer
-
-    job = json.load(sys.stdin)
-    config, point = Config.model_validate(job["config"]), Point(**job["point"])
-    train_step = build(config, point.recompute)
-    optimizer = make_optimizer(config.train, train_step)
-    make_state(optimizer)
+    config, point, train_step, step = given(json.load(sys.stdin))
     seconds: list[float] = []
     while not seconds or (len(seconds) < 2 and seconds[0] < SHORT):
         started = time.perf_counter()
-        training_step(train_step, config, point, optimizer)
+        step()
         seconds.append(time.perf_counter() - started)
     peak = process_peak()
     costs, _ = run_parts(train_step, config, point)
     print(json.dumps({"peak": peak, "seconds": seconds[-1], "costs": dataclasses.asdict(costs)}))
+
+
+def given(job: dict[str, Any]) -> tuple[Config, Point, TrainStep, Callable[[], None]]:
+    """Config, point and TrainStep of a job for `in_child`, and what makes a training step."""
+    from trainers.launch import make_optimizer
+
+    config, point = Config.model_validate(job["config"]), Point(**job["point"])
+    train_step = build(config, point.recompute)
+    optimizer = make_optimizer(config.train, train_step)
+    make_state(optimizer)
+    return config, point, train_step, partial(training_step, train_step, config, point, optimizer)
 
 
 def make_state(optimizer: torch.optim.Optimizer) -> None:

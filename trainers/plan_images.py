@@ -24,11 +24,10 @@ from trainers.data.pairs import CACHE_BYTES
 from trainers.data.sets import train_files, val_files
 from trainers.errors import InputError
 from trainers.inference import Restorer
-from trainers.launch import make_optimizer
 from trainers.live_bytes import LiveBytes
 from trainers.metrics import PROTOCOLS, psnr, ssim
 from trainers.networks import any_size
-from trainers.plan import Planner, Point, build, free_memory, in_child, make_state, process_peak, training_step
+from trainers.plan import Planner, Point, free_memory, given, in_child, process_peak
 from trainers.step import TrainStep
 
 TILES = (512, 384, 256, 192, 128, 96, 64)  # sides to propose for val.tile
@@ -53,38 +52,37 @@ class Validated:
 
 def plan_validation(planner: Planner, point: Point) -> Validated:
     """After a step at `point`: measured where it fits and takes no longer than allowed, else simulated."""
-    found, seconds = simulated(planner, point, planner.config.val.tile)
+    config = planner.config
+    image, size = largest_image(config)
+    kept = decoded(config)
+    peak, seconds = simulated(planner, point, size, config.val.tile)
+    found = Validated(image, size, config.val.tile, kept, peak + kept, measured=False)
     if found.peak > min(planner.memory, free_memory()) or seconds > planner.longest:
         return found
-    config, (height, width) = planner.config, found.size
-    job = {"config": config.model_dump(mode="json"), "point": dataclasses.asdict(point), "size": found.size}
-    peak = in_child(__name__, job, f"validation of an image of {width} x {height}")
-    return dataclasses.replace(found, peak=peak + found.decoded, measured=True)
+    peak = in_child(__name__, config, point, f"validation of an image of {size[1]} x {size[0]}", size=size)
+    return dataclasses.replace(found, peak=peak + kept, measured=True)
 
 
-def tile_that_fits(planner: Planner, point: Point) -> Validated | None:
-    """With the largest tile that fits in the memory, simulated; None if none does."""
+def tile_that_fits(planner: Planner, point: Point, refused: Validated) -> Validated | None:
+    """The same with the largest tile that fits in the memory, simulated; None if none does."""
     for tile in TILES:
         try:
-            found, _ = simulated(planner, point, tile)
+            peak, _ = simulated(planner, point, refused.size, tile)
         except ValueError:  # no multiple of what the network needs
             continue
-        if found.peak <= planner.memory:
-            return found
+        if peak + refused.decoded <= planner.memory:
+            return dataclasses.replace(refused, tile=tile, peak=peak + refused.decoded, measured=False)
     return None
 
 
-def simulated(planner: Planner, point: Point, tile: int | None) -> tuple[Validated, float]:
-    """What is counted and learned of a validation, and its seconds."""
-    config, step = planner.config, planner.predict(point)
-    image, size = largest_image(config)
-    kept = decoded(config)
+def simulated(planner: Planner, point: Point, size: tuple[int, int], tile: int | None) -> tuple[int, float]:
+    """Bytes of the process that restores an image of this size after a step, as counted and learned, and the seconds that it takes."""
+    step = planner.predict(point)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-        restore(config, planner.train_step(point.recompute), size, tile)
+        restore(planner.config, planner.train_step(point.recompute), size, tile)
     # Of the step, the process keeps its small storages, which glibc does not give back.
     before = step.peak - step.costs.peak + step.costs.small
-    found = Validated(image, size, tile, kept, before + live.peak + kept, measured=False)
-    return found, planner.seconds_of("student", live.work)
+    return before + live.peak, planner.seconds_of("student", live.work)
 
 
 @torch.no_grad()
@@ -137,12 +135,10 @@ def _kept(files: Sequence[PairFiles], config: Config) -> int:
 
 
 def _child() -> None:
+    """Read a job, make its step and restore an image of its size, say what the process took."""
     job = json.load(sys.stdin)
-    config, point = Config.model_validate(job["config"]), Point(**job["point"])
-    train_step = build(config, point.recompute)
-    optimizer = make_optimizer(config.train, train_step)
-    make_state(optimizer)
-    training_step(train_step, config, point, optimizer)
+    config, _, train_step, step = given(job)
+    step()
     restore(config, train_step, tuple(job["size"]), config.val.tile)
     print(process_peak())
 

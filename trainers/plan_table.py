@@ -43,7 +43,7 @@ def plan_command(config: Config, memory: str | None, patches: str | None, longes
         console.print(_proposed(proposal, planner.memory), highlight=False, soft_wrap=True)
     first = Point(sides[0], micro, config.train.recompute, "kdops")
     validated = plan_validation(planner, first)
-    tiled = None if validated.peak <= planner.memory else tile_that_fits(planner, first)
+    tiled = None if validated.peak <= planner.memory else tile_that_fits(planner, first, validated)
     console.print(validation_verdict(validated, tiled, planner.memory), highlight=False, soft_wrap=True)
     if as_json:
         validation = dataclasses.asdict(validated) | {"proposal": tiled and f"val.tile={tiled.tile}"}

@@ -62,26 +62,26 @@ def test_kept_images_are_those_of_the_caches(tmp_path: Path, workers: int) -> No
 @pytest.mark.parametrize("tile", [None, 64])
 def test_fake_images_take_what_real_ones_take(tmp_path: Path, nothing_besides: None, tile: int | None) -> None:
     planner = Planner(wide(tmp_path), 2**40)
-    found, _ = simulated(planner, POINT, tile)
+    size = (300, 402)
+    peak, _ = simulated(planner, POINT, size, tile)
     step = planner.predict(POINT)
     with LiveBytes() as live:
-        restore(planner.config, planner.train_step(False), found.size, tile)
-    assert found.peak == pytest.approx(
-        step.peak - step.costs.peak + step.costs.small + found.decoded + live.peak, rel=0.01
-    )
+        restore(planner.config, planner.train_step(False), size, tile)
+    assert peak == pytest.approx(step.peak - step.costs.peak + step.costs.small + live.peak, rel=0.01)
 
 
 def test_what_does_not_fit_is_refused_with_a_tile_that_fits(tmp_path: Path, nothing_besides: None) -> None:
     config = wide(tmp_path, features=32)  # with fewer, SSIM takes more than the network
-    whole, _ = simulated(Planner(config, 2**40), POINT, None)
-    planner = Planner(config, whole.peak - 1)
-    refused, tiled = plan_validation(planner, POINT), tile_that_fits(planner, POINT)
+    peak, _ = simulated(Planner(config, 2**40), POINT, largest_image(config)[1], None)
+    planner = Planner(config, peak + decoded(config) - 1)
+    refused = plan_validation(planner, POINT)
+    tiled = tile_that_fits(planner, POINT, refused)
     assert not refused.measured
     assert tiled is not None
-    assert tiled.peak < whole.peak
+    assert tiled.peak < refused.peak
     said = validation_verdict(refused, tiled, planner.memory)
     assert "wide/image0 has 402 x 300 pixels; to fit: --set val.tile=" in said
-    assert "no tile fits" in validation_verdict(refused, tile_that_fits(Planner(config, 1000), POINT), 1000)
+    assert "no tile fits" in validation_verdict(refused, tile_that_fits(Planner(config, 1000), POINT, refused), 1000)
 
 
 @pytest.mark.slow
