@@ -60,7 +60,8 @@ class Load(NamedTuple):
 
 KERNELS = {
     "spatial_attention": {
-        "attend": Load(1, 1, 1),
+        "attend": Load(1, 2, 1),
+        "attend shared": Load(1, 1, 1),
         "attend given": Load(1, 2, 1),
         "slopes": Load(2, 2, 1),
         "slopes shared": Load(1, 2, 1),
@@ -102,7 +103,8 @@ def _attention(job: Job, device: str) -> Launch:
     attend = partial(attention._launch_attend, tile=job.tile)
     slopes = partial(attention._launch_slopes, tile=job.tile)
     return {
-        "attend": partial(attend, q, k, None, out, statistics, scale, False),
+        "attend": partial(attend, q, k, g, out, statistics, scale, False),
+        "attend shared": partial(attend, q, k, None, out, statistics, scale, False),
         "attend given": partial(attend, k, q, g, out, statistics, scale, True),
         "slopes": partial(slopes, q, g, k, q, statistics, delta, out, scale, False),
         "slopes shared": partial(slopes, k, None, q, g, statistics, delta, out, scale, True),

@@ -22,8 +22,8 @@ class Tile(NamedTuple):
     held: int = MOST_CHANNELS  # channels of the logits on chip: more of them stream through, so many at a time
 
 
-# For each architecture, sweep and bytes of a number: the tile of up to so many channels. Those of cuda:90 for up to 192 channels of
-# 2 bytes were the fastest of some 12 each on an H100 or H200; the others are chosen among those that spill fewest registers when compiled
+# For each architecture, sweep and bytes of a number: the tile of up to so many channels. Those of cuda:90 for up to 384 channels of
+# 2 bytes were the fastest of some 12 to 30 each on an H100 or H200; the others are chosen among those that spill fewest registers when compiled
 # (docs/performance/spatial_attention.md). Where a table does not tell variants of a sweep apart, their first word names it. On sm_90 a
 # warpgroup of four warps needs 64 rows of its own: with fewer, triton 3.6 lets both do the same products, and those of float32 are wrong.
 TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
@@ -44,7 +44,14 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
             128: Tile(64, 64, 4, 3),
             192: Tile(128, 64, 8, 3),
             256: Tile(128, 64, 8, 2),
-            384: Tile(64, 32, 4, 2, 256),
+            384: Tile(128, 32, 8, 2),
+            512: Tile(64, 32, 4, 2, 256),
+        },
+        ("attend shared", 2): {
+            64: Tile(64, 128, 4, 3),
+            128: Tile(64, 64, 4, 3),
+            256: Tile(128, 64, 8, 3),
+            384: Tile(128, 32, 8, 3),
             512: Tile(64, 32, 4, 2, 256),
         },
         ("attend given", 2): {
@@ -52,23 +59,22 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
             128: Tile(64, 64, 4, 3),
             192: Tile(128, 64, 8, 3),
             256: Tile(128, 32, 8, 3),
-            384: Tile(64, 32, 4, 2, 256),
+            384: Tile(128, 32, 8, 2),
             512: Tile(64, 32, 4, 2, 256),
         },
         ("slopes", 2): {
             64: Tile(64, 128, 4, 3),
             128: Tile(128, 64, 8, 3),
-            192: Tile(128, 32, 8, 3),
             256: Tile(128, 32, 8, 3),
-            384: Tile(64, 32, 4, 2, 128),
+            384: Tile(64, 16, 4, 3),
             512: Tile(64, 16, 4, 2, 128),
         },
         ("slopes shared", 2): {
             64: Tile(64, 128, 4, 3),
             128: Tile(64, 64, 4, 3),
             192: Tile(128, 64, 8, 3),
-            256: Tile(128, 32, 8, 3),
-            384: Tile(64, 32, 4, 2, 128),
+            256: Tile(128, 64, 8, 2),
+            384: Tile(128, 32, 8, 2),
             512: Tile(64, 16, 4, 2, 128),
         },
         ("attend", 4): {512: Tile(128, 32, 8, 1, 64, 32)},
@@ -97,7 +103,8 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
 def tile_for(sweep: str, channels: int, dtype: torch.dtype) -> Tile:
     """The tile of a sweep on what kernels are now compiled for; `channels` is the larger count of the two products.
 
-    Sweeps are "attend", "attend given" (the denominators), "slopes", and "slopes shared" (by rows that are their own values).
+    Sweeps are "attend", "attend shared" (by columns that are their own values), "attend given" (the denominators), "slopes", and
+    "slopes shared" (by rows that are their own values).
 
     Raises:
         ValueError: more channels than a program can hold.

@@ -27,6 +27,8 @@ from ..layout import GradientColumns
 from ..tiles import Features, features
 from .table import Tile, tile_for
 
+FEW_CHANNELS = 16  # which a product of tiles has at least
+
 # --- sweeps ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +213,11 @@ def _delta(out, grad, delta, scale, C: tl.constexpr, PARTS: tl.constexpr, ROWS: 
 # --- launches --------------------------------------------------------------------------------------------------------------------
 
 
+def _precision(channels: int) -> str:
+    """Of float32 products: of few channels in full, which takes no longer there and leaves 0 where terms cancel."""
+    return "ieee" if channels <= FEW_CHANNELS else tiles.precision()
+
+
 def _launch_attend(
     rows: Features,
     columns: Features,
@@ -223,7 +230,8 @@ def _launch_attend(
 ) -> None:
     channels = rows.data.shape[1]
     value_channels = channels if values is None else values.data.shape[1]
-    tile = tile or tile_for("attend given" if given else "attend", max(channels, value_channels), rows.data.dtype)
+    sweep = "attend given" if given else "attend shared" if values is None else "attend"
+    tile = tile or tile_for(sweep, max(channels, value_channels), rows.data.dtype)
     slices = 1 if out is None else triton.cdiv(value_channels, tile.slice)
     apart = slices > 1 or channels > tile.held  # the columns are not on chip as they are summed up
     _attend[(rows.data.shape[0] * slices * triton.cdiv(rows.positions, tile.rows),)](
@@ -244,7 +252,7 @@ def _launch_attend(
         tile.columns,
         columns.positions % tile.columns == 0,
         tile.stages,
-        tiles.precision(),
+        _precision(max(channels, value_channels)),
         num_warps=tile.warps,
         **tiles.OPTIONS,
     )
@@ -288,7 +296,7 @@ def _launch_slopes(
         tile.columns,
         columns.positions % tile.columns == 0,
         tile.stages,
-        tiles.precision(),
+        _precision(max(channels, value_channels)),
         num_warps=tile.warps,
         **tiles.OPTIONS,
     )

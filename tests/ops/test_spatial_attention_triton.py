@@ -187,7 +187,7 @@ def test_nan_and_infinity_reach_what_they_reach_in_the_reference(bad: float) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_channel_count_has_a_tile(architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table.tiles, "architecture", lambda: architecture)
-    for sweep in ("attend", "slopes"):
+    for sweep in ("attend", "attend shared", "attend given", "slopes", "slopes shared"):
         found = [table.tile_for(sweep, c, dtype) for c in range(1, 513)]
         assert all(min(tile.rows, tile.columns, tile.slice) >= 16 for tile in found)  # what a product takes
 
