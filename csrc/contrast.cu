@@ -7,166 +7,52 @@
 // one input at a few neighbouring features and walks over all rows of the other, of which it can write the gradient too.
 #include <torch/csrc/stable/accelerator.h>
 
-#include "common/launch.h"
-#include "contrast.h"
+#include "contrast_distances.h"
 
 namespace kdops {
 namespace {
 
-constexpr int kWarps = 16;        // of a forward block
-constexpr int kRows = 8;          // of each input in a forward thread's registers
-constexpr int64_t kLongest = 2048;  // sums of a forward thread, which bounds their rounding error
-constexpr int kThreads = 256;     // of the other kernels
 constexpr int kHeld = 16;         // rows in a backward thread's registers
 constexpr int kStaged = 64;       // rows whose weights are in shared memory at a time
+constexpr int kGroup = 16;        // rows whose slopes are added before they are centred
 
-__host__ __device__ constexpr int64_t divide_up(int64_t value, int64_t by) {
-  return (value + by - 1) / by;
-}
-
-// Count neighbouring values of a row, read at once.
-template <typename scalar_t, int Count>
-struct alignas(sizeof(scalar_t) * Count) Values {
-  scalar_t at[Count];
-
-  __device__ float operator[](int i) const {
-    return static_cast<float>(at[i]);
-  }
-};
-
-template <int Bytes>
-using Word = std::conditional_t<Bytes == 2, unsigned short, std::conditional_t<Bytes == 4, unsigned, uint2>>;
-
-// Through the read-only path: no kernel here writes what it reads.
-template <int Count, typename scalar_t>
-__device__ Values<scalar_t, Count> read(const scalar_t* from) {
-  const auto word = __ldg(reinterpret_cast<const Word<sizeof(scalar_t) * Count>*>(from));
-  return *reinterpret_cast<const Values<scalar_t, Count>*>(&word);
-}
-
-template <typename scalar_t, int Count>
-__device__ void write(scalar_t* to, const float (&values)[Count]) {
-  Values<scalar_t, Count> narrow;
-#pragma unroll
-  for (int n = 0; n < Count; ++n) narrow.at[n] = static_cast<scalar_t>(values[n]);
-  using Whole = Word<sizeof(narrow)>;
-  *reinterpret_cast<Whole*>(to) = *reinterpret_cast<const Whole*>(&narrow);
-}
-
-// Square tiles that cover all pairs of rows, `along` of them in a row; of symmetric distances each pair of tiles once: on
-// the diagonal, one beside it, and so on, around the end.
-struct Tiles {
-  int64_t along_x, along_y;
-  bool symmetric;
-
-  __host__ __device__ int64_t count() const {
-    return symmetric ? along_x * (along_x + 1) / 2 : along_x * along_y;
-  }
-
-  __device__ int64_t x(int64_t tile) const {
-    return symmetric ? tile % along_x : tile / along_y;
-  }
-
-  __device__ int64_t y(int64_t tile) const {
-    return symmetric ? (tile % along_x + tile / along_x) % along_x : tile % along_y;
-  }
-};
-
-// --- forward ---
-
-// Adds the first Count values over the 32 lanes of a warp. An exchange with the lane at distance Offset halves the
-// number of values that a lane is responsible for; afterwards its first max(Count / 32, 1) values are the sums from
-// number `first` (returned) on.
-template <int Count, int Offset = 16, int N>
-__device__ int add_over_warp(float (&values)[N]) {
-  constexpr int half = Count > 1 ? Count / 2 : 1;
-  int first = 0;
-  if constexpr (Count > 1) {
-    const bool upper = threadIdx.x & Offset;
-    first = upper ? half : 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float sent = upper ? values[i] : values[i + half], kept = upper ? values[i + half] : values[i];
-      values[i] = kept + __shfl_xor_sync(~0u, sent, Offset);
-    }
-  } else {
-    values[0] += __shfl_xor_sync(~0u, values[0], Offset);
-  }
-  if constexpr (Offset > 1) first += add_over_warp<half, Offset / 2>(values);
-  return first;
-}
-
-// partial[batch][chunk][i][k]: distance of x_i and y_k over the features of the chunk. A warp computes RX x RY of them;
-// of symmetric ones it writes both places.
-template <typename scalar_t, int P, int RX, int RY, int Count>
-__global__ void __launch_bounds__(32 * kWarps)
-    partial_distances(const scalar_t* x, Rows rows_of_x, const scalar_t* y, Rows rows_of_y, Problem problem,
-                      int64_t chunk, int64_t chunks, Tiles tiles, float* partial) {
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int64_t tile = warp % tiles.count(), part = warp / tiles.count();  // of batch * chunks + chunk
-  if (part >= problem.batches * chunks) return;
-  const int64_t own_x = tiles.x(tile) * RX, own_y = tiles.y(tile) * RY;
-  // A last tile that is not full begins earlier, so that rows are a fixed step apart; what others write it leaves out.
-  const int64_t first_x = min(own_x, problem.rows_x - RX), first_y = min(own_y, problem.rows_y - RY);
-  const int lane = threadIdx.x % 32;
-  const int64_t begin = part % chunks * chunk + lane * Count, end = min(part % chunks * chunk + chunk, problem.features);
-  x += part / chunks * rows_of_x.batch_stride + first_x * rows_of_x.row_stride;
-  y += part / chunks * rows_of_y.batch_stride + first_y * rows_of_y.row_stride;
-
-  float sums[RX * RY] = {};
-  for (int64_t t = begin; t < end; t += 32 * Count) {
-    const scalar_t *from_x = x + t, *from_y = y + t;
-    int64_t step_x = rows_of_x.row_stride, step_y = rows_of_y.row_stride;
-    asm volatile("" : "+l"(step_x), "+l"(step_y));  // a pointer for every row, kept from step to step, fills the registers
-    Values<scalar_t, Count> a[RX], b[RY];
-#pragma unroll
-    for (int i = 0; i < RX; ++i, from_x += step_x) a[i] = read<Count>(from_x);
-#pragma unroll
-    for (int k = 0; k < RY; ++k, from_y += step_y) b[k] = read<Count>(from_y);
-#pragma unroll
-    for (int n = 0; n < Count; ++n) {
-#pragma unroll
-      for (int i = 0; i < RX; ++i) {
-#pragma unroll
-        for (int k = 0; k < RY; ++k) {
-          const float difference = a[i][n] - b[k][n];
-          sums[i * RY + k] += P == 1 ? fabsf(difference) : difference * difference;
-        }
-      }
-    }
-  }
-
-  constexpr int mine = (RX * RY + 31) / 32;
-  const int first = add_over_warp<RX * RY>(sums);
-#pragma unroll
-  for (int n = first; n < first + mine; ++n) {
-    const int64_t i = first_x + n / RY, k = first_y + n % RY;
-    if (i < own_x || i >= problem.rows_x || k < own_y || k >= problem.rows_y) continue;
-    partial[part * problem.pairs() + i * problem.rows_y + k] = sums[n - first];
-    if (problem.symmetric) partial[part * problem.pairs() + k * problem.rows_y + i] = sums[n - first];
-  }
-}
-
-__global__ void __launch_bounds__(kThreads)
-    add_chunks(const float* partial, int64_t chunks, int64_t pairs, int64_t count, float* result) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;  // batch * pairs + pair
-  if (n >= count) return;
-  double sum = 0;
-  for (int64_t c = 0; c < chunks; ++c) sum += partial[(n / pairs * chunks + c) * pairs + n % pairs];
-  result[n] = static_cast<float>(sum);
-}
-
-// --- backward ---
-
-// d|a - b|^P / da, without the factor 2 of P = 2. The sign is 0 at a tie and at NaN, as in torch: two comparisons that
-// give 1 or 0.
+// What a difference a - b adds to a gradient, times its weight: for P = 2 the difference (the factor 2 is in the weight), for
+// P = 1 whether it is above 0: 1, or 1/2 at a tie, or 0. The sign, 2 `above` - 1, takes one instruction so, and what it
+// lacks is the same for all features (`centred`). Differences below 2^-128 count in part.
 template <int P>
-__device__ float slope(float a, float b) {
-  if constexpr (P == 2) return a - b;
-  float above, below;
-  asm("set.gt.f32.f32 %0, %1, %2;" : "=f"(above) : "f"(a), "f"(b));
-  asm("set.lt.f32.f32 %0, %1, %2;" : "=f"(below) : "f"(a), "f"(b));
-  return above - below;
+__device__ float slope(float difference) {
+  return P == 2 ? difference : __saturatef(fmaf(difference, 0x1p127f, 0.5f));
+}
+
+// The same where numbers may not be finite: as in torch, the sign of NaN is 0.
+template <int P>
+__device__ float any_slope(float difference) {
+  return P == 1 && isnan(difference) ? 0.5f : slope<P>(difference);
+}
+
+// Half of the gradient for P = 1, all of it for P = 2, from weighted slopes and the sum of their weights. At ties alone it
+// is exactly 0 if the weights were added in the same order as the slopes.
+template <int P>
+__device__ float centred(float slopes, float weights) {
+  return P == 2 ? slopes : slopes - 0.5f * weights;
+}
+
+// Sums of the weights that are in shared memory: of each row, and of each group of rows with each row of the tile.
+template <int R>
+__device__ void add_weights(const float (&staged)[kStaged][R], float (&of_row)[kStaged],
+                            float (&of_group)[kStaged / kGroup][R]) {
+  for (int j = threadIdx.x; j < kStaged; j += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < R; ++i) sum += staged[j][i];
+    of_row[j] = sum;
+  }
+  for (int n = threadIdx.x; n < kStaged / kGroup * R; n += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) sum += staged[n / R * kGroup + j][n % R];
+    of_group[n / R][n % R] = sum;
+  }
 }
 
 // One input as the kernel sees it; the weight of its row i and row k of the other is weights[i * weight_step + ...].
@@ -174,6 +60,7 @@ template <typename scalar_t>
 struct Operand {
   Side<scalar_t> side;
   int64_t rows, weight_step;
+  float sign;  // 1 of x, -1 of y: differences are x - y whichever is held, so that their slopes are the same bits
 };
 
 // The gradient of R rows of `held` at Count neighbouring features per thread, and, if Both, that of all rows of
@@ -181,8 +68,9 @@ struct Operand {
 template <typename scalar_t, int P, int R, int Count, bool Both>
 __global__ void __launch_bounds__(kThreads, 2)
     gradients(Operand<scalar_t> held, Operand<scalar_t> streamed, const float* weights, Problem problem) {
-  constexpr int ahead = 4;  // rows read before the first is used
-  __shared__ __align__(16) float staged[kStaged][R];
+  constexpr int ahead = 4;                         // rows read before the first is used
+  constexpr float whole = P == 1 ? 2.0f : 1.0f;    // of what `centred` gives
+  __shared__ __align__(16) float staged[kStaged][R], of_row[kStaged], of_group[kStaged / kGroup][R];
   const int64_t tiles = divide_up(held.rows, R), features = problem.features;
   const int64_t column_tiles = divide_up(features, kThreads * Count);
   const int64_t first = blockIdx.x % tiles * R, rest = blockIdx.x / tiles, batch = rest / column_tiles;
@@ -190,49 +78,85 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int rows = static_cast<int>(min(int64_t{R}, held.rows - first));
   const bool inside = column < features;
   const int64_t readable = inside ? column : 0;
-  const scalar_t* others = streamed.side.values + batch * streamed.side.rows.batch_stride + readable;
+  const scalar_t* from = streamed.side.values + batch * streamed.side.rows.batch_stride + readable;
+  scalar_t* to = nullptr;
+  if constexpr (Both) to = streamed.side.gradient + batch * streamed.side.gradient_rows.batch_stride + readable;
   weights += batch * problem.pairs() + first * held.weight_step;
 
   float value[R][Count], sum[R][Count] = {};
+  bool finite = true;  // numbers of this thread
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     const int64_t row = first + min(i, rows - 1);
     const auto read_values = read<Count>(held.side.values + batch * held.side.rows.batch_stride +
                                          row * held.side.rows.row_stride + readable);
 #pragma unroll
-    for (int n = 0; n < Count; ++n) value[i][n] = read_values[n];
+    for (int n = 0; n < Count; ++n) {
+      value[i][n] = held.sign * read_values[n];
+      finite = finite && isfinite(value[i][n]);
+    }
   }
+  // Row j of `streamed` against all rows of the tile.
+  const auto add = [&](int j, const float(&other)[Count], const auto& slope_of) {
+    float total[Count] = {};
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      const float weight = staged[j][i];
+#pragma unroll
+      for (int n = 0; n < Count; ++n) {
+        const float factor = slope_of(value[i][n] - other[n]);
+        sum[i][n] = fmaf(weight, factor, sum[i][n]);
+        if (Both && (P == 1 || i < rows)) total[n] = fmaf(weight, factor, total[n]);  // 0 times infinity is NaN
+      }
+    }
+    if constexpr (Both) {
+#pragma unroll
+      for (int n = 0; n < Count; ++n) total[n] = streamed.sign * whole * centred<P>(total[n], of_row[j]);
+      if (inside) write(to, total);
+      to += streamed.side.gradient_rows.row_stride;
+    }
+  };
   for (int64_t begin = 0; begin < streamed.rows; begin += kStaged) {
-    const int count = static_cast<int>(min(streamed.rows - begin, int64_t{kStaged}));
+    const int rest = static_cast<int>(min(streamed.rows - begin, int64_t{kStaged + 1}));
+    const int count = min(rest, kStaged);
     __syncthreads();
-    for (int n = threadIdx.x; n < count * R; n += kThreads) {
-      const int i = n % R;
-      staged[n / R][i] = i < rows ? P * weights[i * held.weight_step + (begin + n / R) * streamed.weight_step] : 0.0f;
+    for (int n = threadIdx.x; n < kStaged * R; n += kThreads) {
+      const int i = n % R, j = n / R;
+      const bool used = i < rows && j < count;
+      staged[j][i] = used ? P * weights[i * held.weight_step + (begin + j) * streamed.weight_step] : 0.0f;
     }
     __syncthreads();
+    if constexpr (P == 1) {
+      add_weights<R>(staged, of_row, of_group);
+      __syncthreads();
+    }
     for (int block = 0; block < count; block += ahead) {
-      Values<scalar_t, Count> other[ahead];
+      Values<scalar_t, Count> others[ahead];
 #pragma unroll
-      for (int j = 0; j < ahead; ++j)
-        other[j] = read<Count>(others + (begin + min(block + j, count - 1)) * streamed.side.rows.row_stride);
+      for (int j = 0; j < ahead; ++j) {
+        others[j] = read<Count>(from);
+        if (block + j + 1 < rest) from += streamed.side.rows.row_stride;  // it stays at the last row
+      }
 #pragma unroll
       for (int j = 0; j < ahead; ++j) {
         if (block + j >= count) break;
-        float total[Count] = {};
+        float other[Count];
+        bool usual = finite;
+#pragma unroll
+        for (int n = 0; n < Count; ++n) {
+          other[n] = held.sign * others[j][n];
+          usual = usual && isfinite(other[n]);
+        }
+        if (P == 2 || usual)
+          add(block + j, other, [](float difference) { return slope<P>(difference); });
+        else
+          add(block + j, other, [](float difference) { return any_slope<P>(difference); });
+      }
+      if (P == 1 && ((block + ahead) % kGroup == 0 || block + ahead >= count)) {
 #pragma unroll
         for (int i = 0; i < R; ++i) {
-          const float weight = staged[block + j][i];
 #pragma unroll
-          for (int n = 0; n < Count; ++n) {
-            const float factor = slope<P>(value[i][n], other[j][n]);
-            sum[i][n] += weight * factor;
-            if (Both && (P == 1 || i < rows)) total[n] -= weight * factor;  // 0 times an infinite difference is NaN
-          }
-        }
-        if (Both && inside) {
-          write(streamed.side.gradient + batch * streamed.side.gradient_rows.batch_stride +
-                    (begin + block + j) * streamed.side.gradient_rows.row_stride + column,
-                total);
+          for (int n = 0; n < Count; ++n) sum[i][n] = centred<P>(sum[i][n], of_group[block / kGroup][i]);
         }
       }
     }
@@ -241,6 +165,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int i = 0; i < R; ++i) {
     if (i >= rows) break;
+#pragma unroll
+    for (int n = 0; n < Count; ++n) sum[i][n] *= held.sign * whole;
     write(held.side.gradient + batch * held.side.gradient_rows.batch_stride +
               (first + i) * held.side.gradient_rows.row_stride + column,
           sum[i]);
@@ -271,8 +197,9 @@ int64_t tile_rows(int64_t rows) {
 template <typename scalar_t, int P>
 void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows rows_of_y, const Problem& problem,
                       Tensor& result) {
-  // Four of the others spill: float16 takes more registers to convert, and squares more than absolute values.
-  constexpr int vector = std::is_same_v<scalar_t, BFloat16> && P == 1 ? 4 : 2;
+  constexpr int vector = 2;
+  STD_TORCH_CHECK(std::max(rows_of_x.row_stride, rows_of_y.row_stride) <= int64_t{UINT32_MAX},
+                  "kdops: rows of x or y lie more than ", UINT32_MAX, " numbers apart, which is more than CUDA takes.");
   const int64_t in_x = tile_rows(problem.rows_x), in_y = tile_rows(problem.rows_y);
   const Tiles tiles{divide_up(problem.rows_x, in_x), divide_up(problem.rows_y, in_y), problem.symmetric};
   // As many chunks as fill the device a whole number of times, so that no multiprocessor waits for the last ones.
@@ -301,7 +228,7 @@ void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows row
 template <typename scalar_t, int P>
 void launch_gradients(const Side<scalar_t>& x, const Side<scalar_t>& y, const Tensor& weight, const Problem& problem) {
   constexpr int vector = 2;
-  const Operand<scalar_t> of_x{x, problem.rows_x, problem.rows_y}, of_y{y, problem.rows_y, 1};
+  const Operand<scalar_t> of_x{x, problem.rows_x, problem.rows_y, 1}, of_y{y, problem.rows_y, 1, -1};
   bool vectors = true;
   for (const auto& side : {x, y}) {
     vectors = vectors && aligned<vector>(side.values, side.rows, problem) &&

@@ -1,0 +1,178 @@
+// The forward kernels of csrc/contrast.cu, and how its kernels read and write neighbouring values.
+#pragma once
+
+#include <bit>
+
+#include "common/launch.h"
+#include "contrast.h"
+
+namespace kdops {
+namespace {
+
+constexpr int kWarps = 12;        // of a forward block: 168 registers for each thread
+constexpr int kRows = 8;          // of each input in a forward thread's registers
+constexpr int64_t kLongest = 2048;  // sums of a forward thread, which bounds their rounding error
+constexpr int kThreads = 256;     // of every other kernel
+
+__host__ __device__ constexpr int64_t divide_up(int64_t value, int64_t by) {
+  return (value + by - 1) / by;
+}
+
+template <int Bytes>
+using Word = std::conditional_t<Bytes == 2, unsigned short, std::conditional_t<Bytes == 4, unsigned, uint2>>;
+
+// Count neighbouring values of a row, read at once and kept as one word until they are used.
+template <typename scalar_t, int Count>
+struct Values {
+  static_assert(Count <= 2);
+  Word<sizeof(scalar_t) * Count> word;
+
+  __device__ float operator[](int i) const {
+    if constexpr (Count == 1)
+      return static_cast<float>(std::bit_cast<scalar_t>(word));
+    else if constexpr (std::is_same_v<scalar_t, BFloat16>)
+      return std::bit_cast<float>(i == 0 ? word << 16 : word & 0xffff0000u);  // one instruction each
+    else if constexpr (sizeof(scalar_t) == 2)
+      return static_cast<float>(std::bit_cast<scalar_t>(static_cast<Word<2>>(word >> 16 * i)));
+    else
+      return std::bit_cast<scalar_t>(i == 0 ? word.x : word.y);
+  }
+};
+
+// Through the read-only path: no kernel here writes what it reads.
+template <int Count, typename scalar_t>
+__device__ Values<scalar_t, Count> read(const scalar_t* from) {
+  return {__ldg(reinterpret_cast<const Word<sizeof(scalar_t) * Count>*>(from))};
+}
+
+template <typename scalar_t, int Count>
+__device__ void write(scalar_t* to, const float (&values)[Count]) {
+  using Whole = Word<sizeof(scalar_t) * Count>;
+  alignas(Whole) scalar_t narrow[Count];
+#pragma unroll
+  for (int n = 0; n < Count; ++n) narrow[n] = static_cast<scalar_t>(values[n]);
+  *reinterpret_cast<Whole*>(to) = *reinterpret_cast<const Whole*>(narrow);
+}
+
+// Square tiles that cover all pairs of rows, `along` of them in a row; of symmetric distances each pair of tiles once: on
+// the diagonal, one beside it, and so on, around the end.
+struct Tiles {
+  int64_t along_x, along_y;
+  bool symmetric;
+
+  __host__ __device__ int64_t count() const {
+    return symmetric ? along_x * (along_x + 1) / 2 : along_x * along_y;
+  }
+
+  __device__ int64_t x(int64_t tile) const {
+    return symmetric ? tile % along_x : tile / along_y;
+  }
+
+  __device__ int64_t y(int64_t tile) const {
+    return symmetric ? (tile % along_x + tile / along_x) % along_x : tile % along_y;
+  }
+};
+
+// Adds the first Count values over the 32 lanes of a warp. An exchange with the lane at distance Offset halves the
+// number of values that a lane is responsible for; afterwards its first max(Count / 32, 1) values are the sums from
+// number `first` (returned) on.
+template <int Count, int Offset = 16, int N>
+__device__ int add_over_warp(float (&values)[N]) {
+  constexpr int half = Count > 1 ? Count / 2 : 1;
+  int first = 0;
+  if constexpr (Count > 1) {
+    const bool upper = threadIdx.x & Offset;
+    first = upper ? half : 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float sent = upper ? values[i] : values[i + half], kept = upper ? values[i + half] : values[i];
+      values[i] = kept + __shfl_xor_sync(~0u, sent, Offset);
+    }
+  } else {
+    values[0] += __shfl_xor_sync(~0u, values[0], Offset);
+  }
+  if constexpr (Offset > 1) first += add_over_warp<half, Offset / 2>(values);
+  return first;
+}
+
+// partial[batch][chunk][i][k]: distance of x_i and y_k over the features of the chunk. A warp computes RX x RY of them;
+// of symmetric ones it writes both places.
+template <typename scalar_t, int P, int RX, int RY, int Count>
+__global__ void __launch_bounds__(32 * kWarps)
+    partial_distances(const scalar_t* x, Rows rows_of_x, const scalar_t* y, Rows rows_of_y, Problem problem,
+                      int64_t chunk, int64_t chunks, Tiles tiles, float* partial) {
+  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const int64_t tile = warp % tiles.count(), part = warp / tiles.count();  // of batch * chunks + chunk
+  if (part >= problem.batches * chunks) return;
+  const int64_t own_x = tiles.x(tile) * RX, own_y = tiles.y(tile) * RY;
+  // A last tile that is not full begins earlier, so that rows are a fixed step apart; what others write it leaves out.
+  const int64_t first_x = min(own_x, problem.rows_x - RX), first_y = min(own_y, problem.rows_y - RY);
+  const int lane = threadIdx.x % 32;
+  const int64_t begin = part % chunks * chunk + lane * Count, end = min(part % chunks * chunk + chunk, problem.features);
+  x += part / chunks * rows_of_x.batch_stride + first_x * rows_of_x.row_stride;
+  y += part / chunks * rows_of_y.batch_stride + first_y * rows_of_y.row_stride;
+
+  // Rows of both tiles at Count neighbouring features.
+  struct Tile {
+    Values<scalar_t, Count> a[RX], b[RY];
+  };
+  const auto fetch = [&](int64_t t) {
+    Tile tile;
+    const scalar_t *from_x = x + t, *from_y = y + t;
+    auto step_x = static_cast<unsigned>(rows_of_x.row_stride / Count);
+    auto step_y = static_cast<unsigned>(rows_of_y.row_stride / Count);
+    asm volatile("" : "+r"(step_x), "+r"(step_y));  // a pointer for every row, kept from step to step, fills the registers
+#pragma unroll
+    for (unsigned i = 0; i < RX; ++i) tile.a[i] = read<Count>(from_x + static_cast<uint64_t>(step_x) * (i * Count));
+#pragma unroll
+    for (unsigned k = 0; k < RY; ++k) tile.b[k] = read<Count>(from_y + static_cast<uint64_t>(step_y) * (k * Count));
+    return tile;
+  };
+  float sums[RX * RY] = {};
+  const auto add = [&](const Tile& tile) {
+#pragma unroll
+    for (int n = 0; n < Count; ++n) {
+#pragma unroll
+      for (int i = 0; i < RX; ++i) {
+#pragma unroll
+        for (int k = 0; k < RY; ++k) {
+          const float difference = tile.a[i][n] - tile.b[k][n];
+          sums[i * RY + k] += P == 1 ? fabsf(difference) : difference * difference;
+        }
+      }
+    }
+  };
+  // The next features are read before those at hand are used.
+  constexpr int64_t step = 32 * Count;
+  Tile here, there;
+  if (begin < end) here = fetch(begin);
+  for (int64_t t = begin; t < end; t += 2 * step) {
+    if (t + step < end) there = fetch(t + step);
+    add(here);
+    if (t + step >= end) break;
+    if (t + 2 * step < end) here = fetch(t + 2 * step);
+    add(there);
+  }
+
+  constexpr int mine = (RX * RY + 31) / 32;
+  const int first = add_over_warp<RX * RY>(sums);
+#pragma unroll
+  for (int n = first; n < first + mine; ++n) {
+    const int64_t i = first_x + n / RY, k = first_y + n % RY;
+    if (i < own_x || i >= problem.rows_x || k < own_y || k >= problem.rows_y) continue;
+    partial[part * problem.pairs() + i * problem.rows_y + k] = sums[n - first];
+    if (problem.symmetric) partial[part * problem.pairs() + k * problem.rows_y + i] = sums[n - first];
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    add_chunks(const float* partial, int64_t chunks, int64_t pairs, int64_t count, float* result) {
+  const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;  // batch * pairs + pair
+  if (n >= count) return;
+  double sum = 0;
+  for (int64_t c = 0; c < chunks; ++c) sum += partial[(n / pairs * chunks + c) * pairs + n % pairs];
+  result[n] = static_cast<float>(sum);
+}
+
+}  // namespace
+}  // namespace kdops

@@ -1,0 +1,137 @@
+// The tiles of csrc/nss.cu: which part of a plane a block works on, and how its threads read and write that.
+#pragma once
+
+#include "common/launch.h"
+#include "nss.h"
+
+namespace kdops {
+namespace {
+
+// A tile is kRows rows of results. Of what lies between image and result it is kColumns wide, whatever the radius, so
+// that a thread stays in its column and never divides.
+constexpr int kRows = 32;
+constexpr int kColumns = 64;
+constexpr int kThreads = 256;
+constexpr int kStep = kThreads / kColumns;  // a thread takes every so manieth row of its column
+
+// Floats from one row of the image to the next, a whole number of 16-byte words.
+__host__ __device__ constexpr int pitch(int columns) {
+  return (columns + 3) / 4 * 4;
+}
+
+// Places of a rectangle along one axis of a plane, from `begin` on; those of the plane itself are first to last.
+struct Axis {
+  int first, last;
+  bool whole;  // all of them
+  int64_t stride;
+
+  __device__ Axis(int begin, int places, int64_t size, int64_t stride)
+      : first(min(max(-begin, 0), places)),
+        last(min(static_cast<int>(size) - 1 - begin, places)),
+        whole(begin >= 0 && begin + places <= static_cast<int>(size)),
+        stride(stride) {}
+
+  __device__ bool holds(int place) const {
+    return first <= place && place <= last;
+  }
+
+  __device__ int64_t nearest(int place) const {
+    return min(max(place, first), last) * stride;
+  }
+};
+
+// The tiles of all planes: how many there are along a row and down a column of a plane.
+struct Tiles {
+  unsigned along, down;
+
+  Tiles(const Planes& planes, int across)
+      : along(static_cast<unsigned>((planes.width + across - 1) / across)),
+        down(static_cast<unsigned>((planes.height + kRows - 1) / kRows)) {
+    constexpr int64_t most = int64_t{1} << 30;
+    STD_TORCH_CHECK(planes.height <= most && planes.width <= most, "kdops: an image of ", planes.height, " x ",
+                    planes.width, " pixels, but on CUDA a side has at most ", most, ".");
+  }
+};
+
+// The tile of this block: results are `across` columns wide. In 32 bits, whose division is short: launch() and Tiles see to that.
+struct Position {
+  unsigned batch, channel;
+  int top, left;
+
+  __device__ Position(const Planes& planes, const Tiles& tiles, int across) {
+    const unsigned row = blockIdx.x / tiles.along, plane = row / tiles.down;
+    const auto channels = static_cast<unsigned>(planes.channels);
+    batch = plane / channels;
+    channel = plane % channels;
+    top = static_cast<int>(row % tiles.down) * kRows;
+    left = static_cast<int>(blockIdx.x % tiles.along) * across;
+  }
+};
+
+// A rectangle of a plane, `border` beyond a tile on every side, and where it reaches beyond the plane, of its padding.
+struct View {
+  int64_t corner;
+  Axis y, x;
+
+  __device__ View(const Planes& planes, const Position& tile, int border, int rows, int columns)
+      : corner(tile.batch * planes.batch_stride + tile.channel * planes.channel_stride +
+               (tile.top - border) * planes.row_stride + (tile.left - border) * planes.column_stride),
+        y(tile.top - border, rows, planes.height, planes.row_stride),
+        x(tile.left - border, columns, planes.width, planes.column_stride) {}
+
+  __device__ bool whole() const {
+    return y.whole && x.whole;
+  }
+
+  __device__ bool holds(int row, int column) const {
+    return y.holds(row) && x.holds(column);
+  }
+
+  // Where a place of the plane is in memory.
+  __device__ int64_t offset(int row, int column) const {
+    return corner + row * y.stride + column * x.stride;
+  }
+
+  // Where a place is in memory; of the padding, where the nearest pixel is.
+  __device__ int64_t nearest(int row, int column) const {
+    return corner + y.nearest(row) + x.nearest(column);
+  }
+};
+
+// body(row, where it is in memory, whether it is of the plane) for the rows of a view that this thread takes in its column.
+template <typename Body>
+__device__ void walk(const View& view, int rows, const Body& body) {
+  const int first = threadIdx.x / kColumns, column = threadIdx.x % kColumns, steps = (rows + kStep - 1) / kStep;
+  if (view.whole()) {
+    int64_t at = view.offset(first, column);
+#pragma unroll 11  // those of the usual window: all are read before the first is used
+    for (int step = 0; step < steps; ++step, at += kStep * view.y.stride)
+      if (first + step * kStep < rows) body(first + step * kStep, at, true);
+  } else {
+#pragma unroll 4
+    for (int row = first; row < rows; row += kStep) body(row, view.nearest(row, column), view.holds(row, column));
+  }
+}
+
+// The first kColumns of a view's columns.
+template <typename scalar_t>
+__device__ void load(const scalar_t* values, const View& view, int rows, int pitch, bool replicate, float* tile) {
+  walk(view, rows, [&](int row, int64_t at, bool held) {
+    tile[row * pitch + threadIdx.x % kColumns] = replicate || held ? static_cast<float>(values[at]) : 0.0f;
+  });
+}
+
+// An image with its border: kColumns + 2 * radius columns.
+template <typename scalar_t>
+__device__ void load_image(const scalar_t* image, const View& view, int rows, int radius, bool replicate, float* tile) {
+  const int wide = pitch(kColumns + 2 * radius);
+  load(image, view, rows, wide, replicate, tile);
+  for (int n = threadIdx.x; n < rows * 2 * radius; n += kThreads) {
+    const int row = n / (2 * radius), column = kColumns + n % (2 * radius);
+    const bool held = replicate || view.holds(row, column);
+    tile[row * wide + column] = held ? static_cast<float>(image[view.nearest(row, column)]) : 0.0f;
+  }
+}
+
+}  // namespace
+}  // namespace kdops
