@@ -1,8 +1,8 @@
 // Contrastive distances on CUDA: each value is converted once for all pairs that it is in, partial sums are added in a
 // fixed order, no atomics.
 //
-// Forward: the warps are independent. Each has the pairs of 8 x 8 rows (of few rows, of one) in registers and walks down a chunk of the
-// features; its sums are added by shuffles, those of the chunks by a second kernel. The warps of a block read the same
+// Forward: the warps are independent. Each has the pairs of 8 x 8 rows (of few rows, of one) in registers and walks down a share of the
+// features; its sums are added by shuffles, those of the shares by a second kernel. The warps of a block read the same
 // features at about the same time and find each other's rows in the L1 cache. Backward: a thread holds up to 16 rows of
 // one input at a few neighbouring features and walks over all rows of the other, of which it can write the gradient too.
 #include <torch/csrc/stable/accelerator.h>
@@ -202,13 +202,12 @@ void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows row
                   "kdops: rows of x or y lie more than ", UINT32_MAX, " numbers apart, which is more than CUDA takes.");
   const int64_t in_x = tile_rows(problem.rows_x), in_y = tile_rows(problem.rows_y);
   const Tiles tiles{divide_up(problem.rows_x, in_x), divide_up(problem.rows_y, in_y), problem.symmetric};
-  // As many chunks as fill the device a whole number of times, so that no multiprocessor waits for the last ones.
+  // As many shares as fill the device a whole number of times, so that no multiprocessor waits for the last ones.
   const int64_t fill = divide_up(multiprocessors(x) * kWarps, std::max(problem.batches * tiles.count(), int64_t{1}));
   const int64_t times = divide_up(problem.features, fill * kLongest * 32);
-  const int64_t words = divide_up(problem.features, std::max(fill * times, int64_t{1}) * 32 * vector);
-  const int64_t chunk = std::max(words, int64_t{1}) * 32 * vector;
-  const int64_t chunks = divide_up(problem.features, chunk), count = problem.batches * problem.pairs();
-  const Tensor partial = torch::stable::new_empty(result, {chunks * count});
+  const int64_t shares = std::min(fill * times, divide_up(problem.features, 32 * vector));
+  const int64_t count = problem.batches * problem.pairs();
+  const Tensor partial = torch::stable::new_empty(result, {shares * count});
   const auto stream = current_stream(x);
   const auto *from_x = const_data<scalar_t>(x), *from_y = const_data<scalar_t>(y);
   with_count<vector>(
@@ -217,10 +216,10 @@ void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows row
                                                   : partial_distances<scalar_t, P, 1, kRows, vectors>
                             : in_y == 1 ? partial_distances<scalar_t, P, kRows, 1, vectors>
                                         : partial_distances<scalar_t, P, kRows, kRows, vectors>;
-        launch(stream, divide_up(problem.batches * chunks * tiles.count(), kWarps), 32 * kWarps, 0, kernel, from_x,
-               rows_of_x, from_y, rows_of_y, problem, chunk, chunks, tiles, data<float>(partial));
+        launch(stream, divide_up(problem.batches * shares * tiles.count(), kWarps), 32 * kWarps, 0, kernel, from_x,
+               rows_of_x, from_y, rows_of_y, problem, shares, tiles, data<float>(partial));
       });
-  launch(stream, divide_up(count, kThreads), kThreads, 0, add_chunks, const_data<float>(partial), chunks,
+  launch(stream, divide_up(count, kThreads), kThreads, 0, add_shares, const_data<float>(partial), shares,
          problem.pairs(), count, data<float>(result));
 }
 

@@ -95,22 +95,22 @@ __device__ int add_over_warp(float (&values)[N]) {
   return first;
 }
 
-// partial[batch][chunk][i][k]: distance of x_i and y_k over the features of the chunk. A warp computes RX x RY of them;
-// of symmetric ones it writes both places.
+// partial[batch][share][i][k]: distance of x_i and y_k over a share of the features: every `shares`-th piece of 32 * Count,
+// so that all warps together read one run of each row. A warp computes RX x RY of them; of symmetric ones it writes
+// both places.
 template <typename scalar_t, int P, int RX, int RY, int Count>
 __global__ void __launch_bounds__(32 * kWarps)
     partial_distances(const scalar_t* x, Rows rows_of_x, const scalar_t* y, Rows rows_of_y, Problem problem,
-                      int64_t chunk, int64_t chunks, Tiles tiles, float* partial) {
+                      int64_t shares, Tiles tiles, float* partial) {
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int64_t tile = warp % tiles.count(), part = warp / tiles.count();  // of batch * chunks + chunk
-  if (part >= problem.batches * chunks) return;
+  const int64_t tile = warp % tiles.count(), part = warp / tiles.count();  // batch * shares + share
+  if (part >= problem.batches * shares) return;
   const int64_t own_x = tiles.x(tile) * RX, own_y = tiles.y(tile) * RY;
   // A last tile that is not full begins earlier, so that rows are a fixed step apart; what others write it leaves out.
   const int64_t first_x = min(own_x, problem.rows_x - RX), first_y = min(own_y, problem.rows_y - RY);
-  const int lane = threadIdx.x % 32;
-  const int64_t begin = part % chunks * chunk + lane * Count, end = min(part % chunks * chunk + chunk, problem.features);
-  x += part / chunks * rows_of_x.batch_stride + first_x * rows_of_x.row_stride;
-  y += part / chunks * rows_of_y.batch_stride + first_y * rows_of_y.row_stride;
+  const int64_t begin = (part % shares * 32 + threadIdx.x % 32) * Count, step = shares * 32 * Count, end = problem.features;
+  x += part / shares * rows_of_x.batch_stride + first_x * rows_of_x.row_stride;
+  y += part / shares * rows_of_y.batch_stride + first_y * rows_of_y.row_stride;
 
   // Rows of both tiles at Count neighbouring features.
   struct Tile {
@@ -143,7 +143,6 @@ __global__ void __launch_bounds__(32 * kWarps)
     }
   };
   // The next features are read before those at hand are used.
-  constexpr int64_t step = 32 * Count;
   Tile here, there;
   if (begin < end) here = fetch(begin);
   for (int64_t t = begin; t < end; t += 2 * step) {
@@ -166,11 +165,11 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    add_chunks(const float* partial, int64_t chunks, int64_t pairs, int64_t count, float* result) {
+    add_shares(const float* partial, int64_t shares, int64_t pairs, int64_t count, float* result) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;  // batch * pairs + pair
   if (n >= count) return;
   double sum = 0;
-  for (int64_t c = 0; c < chunks; ++c) sum += partial[(n / pairs * chunks + c) * pairs + n % pairs];
+  for (int64_t c = 0; c < shares; ++c) sum += partial[(n / pairs * shares + c) * pairs + n % pairs];
   result[n] = static_cast<float>(sum);
 }
 
