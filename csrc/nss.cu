@@ -4,8 +4,6 @@
 // The same steps as on the CPU (csrc/nss.cpp): statistics of rows, of columns of rows, and the same way back. A thread
 // makes a strip of neighbouring results along the axis of the step from one run of values in its registers, so that
 // each value is read from shared memory about twice and not once per tap. No atomics.
-#include <torch/csrc/stable/accelerator.h>
-
 #include "nss_tiles.h"
 
 namespace kdops {
@@ -64,15 +62,23 @@ struct Strip<0, Count> {
 
 // To within two roundings and with subnormal numbers as 0, which is several times faster than exactly.
 __device__ float quotient(float a, float b) {
+#ifdef __CUDA_ARCH__
   float result;
   asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
   return result;
+#else
+  return a / b;
+#endif
 }
 
 __device__ float root(float x) {
+#ifdef __CUDA_ARCH__
   float result;
   asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
+#else
+  return sqrtf(x);
+#endif
 }
 
 // Of the window around each pixel of `rows` rows, along the row: the mean relative to the pixel, and the variance.
@@ -134,9 +140,8 @@ __global__ void __launch_bounds__(kThreads)
     normalise(const scalar_t* image, const Planes planes, const Tiles tiles,
               const __grid_constant__ Weights<float> weights, int any_radius, float c, bool replicate,
               scalar_t* normalised, scalar_t* std, const Planes out) {
-  extern __shared__ float4 shared[];
   const int radius = Radius ? Radius : any_radius, rows = kRows + 2 * radius, columns = kColumns + 2 * radius;
-  float *x = &shared[0].x, *offset = x + rows * pitch(columns), *variance = offset + rows * kColumns;
+  float *x = &block_memory()->x, *offset = x + rows * pitch(columns), *variance = offset + rows * kColumns;
   const Position tile(planes, tiles, kColumns);
   load_image(image, View(planes, tile, radius, rows, columns), rows, radius, replicate, x);
   __syncthreads();
@@ -212,11 +217,10 @@ __global__ void __launch_bounds__(kThreads, 3)
     gradients(const Upstream<scalar_t> of_normalised, const Upstream<scalar_t> of_std, const scalar_t* image,
               const Planes planes, const Tiles tiles, const __grid_constant__ Weights<float> weights, int any_radius,
               float c, bool replicate, scalar_t* gradient, const Planes out) {
-  extern __shared__ float4 shared[];
   const int radius = Radius ? Radius : any_radius, across = kColumns - 2 * radius;
   const Parts parts(radius);
   const int wide = pitch(parts.columns);
-  float *x = &shared[0].x, *offset = x + parts.of_image(), *variance = offset + parts.rows * kColumns;
+  float *x = &block_memory()->x, *offset = x + parts.of_image(), *variance = offset + parts.rows * kColumns;
   float *of_variance = variance + parts.rows * kColumns, *mean = of_variance + kRows * kColumns;
   float *to_mean = mean + parts.windows * kColumns, *to_variance = to_mean + parts.windows * kColumns;
   float *of_mean = variance, *result = mean;  // in place of what is no longer needed
@@ -308,7 +312,7 @@ void with_radius(int64_t radius, const Run& run) {
 // --- operators ---
 
 std::tuple<Tensor, Tensor> mscn(const Tensor& image, int64_t window, double sigma, double c, bool replicate) {
-  const torch::stable::accelerator::DeviceGuard guard(image.get_device_index());
+  const OnDevice guard(image);
   const Window shape(image, window, sigma, c, replicate);
   Tensor normalised = empty_map(image), std = empty_map(image);
   const Planes planes(image);
@@ -328,7 +332,7 @@ std::tuple<Tensor, Tensor> mscn(const Tensor& image, int64_t window, double sigm
 
 Tensor mscn_backward(const std::optional<Tensor>& grad_normalised, const std::optional<Tensor>& grad_std,
                      const Tensor& image, int64_t window, double sigma, double c, bool replicate) {
-  const torch::stable::accelerator::DeviceGuard guard(image.get_device_index());
+  const OnDevice guard(image);
   const Window shape(image, window, sigma, c, replicate);
   check_upstream(grad_normalised, image);
   check_upstream(grad_std, image);

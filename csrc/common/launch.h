@@ -3,11 +3,21 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
 #include "tensors.h"
 
 namespace kdops {
+
+// Its tensor's device is the current one while it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {}
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard;
+};
 
 inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
@@ -19,6 +29,12 @@ inline int64_t multiprocessors(const Tensor& t) {
   int count = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, t.get_device_index()));
   return count;
+}
+
+// The dynamic shared memory of this block.
+__device__ inline float4* block_memory() {
+  extern __shared__ float4 memory[];
+  return memory;
 }
 
 // An empty grid is no work. `shared` is the dynamic shared memory of a block, in bytes.

@@ -1,0 +1,102 @@
+"""Runs the CUDA kernels, compiled for the CPU, and holds them against the reference in float64: `python checks.py`, in a package built by
+tests/test_cuda_on_cpu.py. Prints one JSON object: of each case, the largest error of a result or gradient over its largest number, less
+twice that of eager torch in the dtype of the inputs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import kdops
+
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def results(function: Function, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """Results and the gradients that are wanted; the upstream gradients are the same at every call."""
+    given = [t.detach().requires_grad_(need) for t, need in zip(inputs, wanted, strict=True)]
+    out = function(*given)
+    outs = [out] if isinstance(out, Tensor) else list(out)
+    generator = torch.Generator().manual_seed(1)
+    upstream = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outs]
+    torch.autograd.backward(outs, upstream)
+    return [*(o.detach() for o in outs), *(t.grad for t in given if t.grad is not None)]
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """Over the largest number that is finite; what is not finite must be the same."""
+    assert torch.equal(got.isnan(), exact.isnan()), "NaN is elsewhere"
+    finite = exact.isfinite()
+    assert torch.equal(got.double()[~finite].nan_to_num(), exact[~finite].nan_to_num()), "infinities differ"
+    if not finite.any():
+        return 0.0
+    off, scale = ((t[finite].abs().amax()).item() for t in (got.double() - exact, exact))
+    return off / scale if scale else off
+
+
+def error(function: Function, inputs: Sequence[Tensor]) -> float:
+    wanted = [True] * len(inputs)
+    mine = results(partial(function, backend="cpu"), inputs, wanted)
+    eager = results(partial(function, backend="reference"), inputs, wanted)
+    exact = results(partial(function, backend="reference"), [t.double() for t in inputs], wanted)
+    found = zip(mine, eager, exact, strict=True)
+    return max(relative_error(m, x) - 2 * relative_error(e, x) for m, e, x in found)
+
+
+def contrast() -> dict[str, float]:
+    found = {}
+    draw = torch.randn
+    for b, k, features in ((16, 20, 333), (9, 70, 200), (3, 5, 64), (1, 7, 130), (17, 1, 65), (20, 33, 77)):
+        for p in (1, 2):
+            distance = partial(kdops.pairwise_distance, p=p)
+            found[f"pairwise {b} {k} {features} p={p}"] = error(distance, [draw(b, features), draw(k, features)])
+    for dtype in (torch.bfloat16, torch.float16):
+        pair = [draw(16, 512).to(dtype), draw(24, 512).to(dtype)]
+        found[f"{dtype}"] = error(kdops.pairwise_distance, pair)
+    found["rows that are not aligned, bfloat16"] = error(
+        kdops.pairwise_distance, [draw(8, 77).bfloat16(), draw(9, 77).bfloat16()]
+    )
+    found["to itself"] = error(lambda x, backend: kdops.pairwise_distance(x, x, backend=backend), [draw(12, 300)])
+    found["matched"] = error(kdops.matched_distance, [draw(3, 4, 5, 6), draw(3, 7, 4, 5, 6)])
+    ties = [torch.randint(0, 3, (16, 300)).float(), torch.randint(0, 3, (24, 300)).float()]
+    found["ties"] = error(kdops.pairwise_distance, ties)
+    same = [torch.full((5, 300), 1.7), torch.full((70, 300), 1.7)]
+    found["nothing but ties"] = error(kdops.pairwise_distance, same)  # exactly 0
+    odd = [draw(9, 40), draw(12, 40)]
+    odd[0][0, 3], odd[0][1, 4], odd[1][2, 4], odd[1][3, 5] = float("nan"), float("inf"), float("inf"), float("-inf")
+    found["not finite"] = error(kdops.pairwise_distance, odd)
+    pair = [draw(16, 90), draw(40, 90)]
+    both, first, second = (
+        results(partial(kdops.pairwise_distance, backend="cpu"), pair, wanted)
+        for wanted in ((True, True), (True, False), (False, True))
+    )
+    same_bits = torch.equal(both[1], first[1]) and torch.equal(both[2], second[1])
+    found["same bits for one gradient"] = 0.0 if same_bits else 1.0
+    return found
+
+
+def nss() -> dict[str, float]:
+    found = {}
+    for shape in ((2, 1, 70, 130), (1, 3, 33, 40), (1, 1, 5, 6)):
+        for padding in ("zeros", "replicate"):
+            # 31 pixels around each of 5 x 6, of which most are replicas: up to 2.5 times the bound, of the C++ for CPUs too.
+            for window in (7, 3) if shape[-1] < 31 else (7, 3, 31):
+                statistics = partial(kdops.mscn, window=window, sigma=window / 6, padding=padding)
+                found[f"mscn {shape} {padding} {window}"] = error(statistics, [torch.rand(shape) * 255])
+    image = torch.rand(2, 3, 40, 70).to(memory_format=torch.channels_last)
+    found["mscn, channels last"] = error(kdops.mscn, [image])
+    found["mscn, one pixel in two"] = error(kdops.mscn, [torch.rand(1, 1, 80, 140)[..., ::2, ::2]])
+    found["mscn, one gradient"] = error(
+        lambda x, backend: kdops.mscn(x, backend=backend)[0], [torch.rand(1, 1, 40, 66)]
+    )
+    found["mscn, bfloat16"] = error(kdops.mscn, [torch.rand(1, 1, 40, 66).bfloat16()])
+    return found
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print(json.dumps(contrast() | nss()))
