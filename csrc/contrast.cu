@@ -5,8 +5,6 @@
 // features; its sums are added by shuffles, those of the shares by a second kernel. The warps of a block read the same
 // features at about the same time and find each other's rows in the L1 cache. Backward: a thread holds up to 16 rows of
 // one input at a few neighbouring features and walks over all rows of the other, of which it can write the gradient too.
-#include <torch/csrc/stable/accelerator.h>
-
 #include "contrast_distances.h"
 
 namespace kdops {
@@ -14,7 +12,8 @@ namespace {
 
 constexpr int kHeld = 16;         // rows in a backward thread's registers
 constexpr int kStaged = 64;       // rows whose weights are in shared memory at a time
-constexpr int kGroup = 16;        // rows whose slopes are added before they are centred
+constexpr int kGroup = kHeld;     // rows whose slopes are added before they are centred: as many whichever input is held
+constexpr int kRead = 8;          // rows that are read together
 
 // What a difference a - b adds to a gradient, times its weight: for P = 2 the difference (the factor 2 is in the weight), for
 // P = 1 whether it is above 0: 1, or 1/2 at a tie, or 0. The sign, 2 `above` - 1, takes one instruction so, and what it
@@ -68,9 +67,9 @@ struct Operand {
 template <typename scalar_t, int P, int R, int Count, bool Both>
 __global__ void __launch_bounds__(kThreads, 2)
     gradients(Operand<scalar_t> held, Operand<scalar_t> streamed, const float* weights, Problem problem) {
-  constexpr int ahead = 4;                         // rows read before the first is used
   constexpr float whole = P == 1 ? 2.0f : 1.0f;    // of what `centred` gives
   __shared__ __align__(16) float staged[kStaged][R], of_row[kStaged], of_group[kStaged / kGroup][R];
+  __shared__ __align__(16) Values<scalar_t, Count> words[2 * kRead][kThreads];  // of rows at hand and of the next ones, each thread's own
   const int64_t tiles = divide_up(held.rows, R), features = problem.features;
   const int64_t column_tiles = divide_up(features, kThreads * Count);
   const int64_t first = blockIdx.x % tiles * R, rest = blockIdx.x / tiles, batch = rest / column_tiles;
@@ -79,6 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool inside = column < features;
   const int64_t readable = inside ? column : 0;
   const scalar_t* from = streamed.side.values + batch * streamed.side.rows.batch_stride + readable;
+  int unread = static_cast<int>(streamed.rows);
   scalar_t* to = nullptr;
   if constexpr (Both) to = streamed.side.gradient + batch * streamed.side.gradient_rows.batch_stride + readable;
   weights += batch * problem.pairs() + first * held.weight_step;
@@ -116,9 +116,18 @@ __global__ void __launch_bounds__(kThreads, 2)
       to += streamed.side.gradient_rows.row_stride;
     }
   };
+  // The next rows are read while those at hand are used.
+  const auto read_next = [&](int half) {
+#pragma unroll 4
+    for (int j = 0; j < kRead; ++j) {
+      read_ahead<Count>(&words[half * kRead + j][threadIdx.x], from);
+      if (--unread > 0) from += streamed.side.rows.row_stride;  // it stays at the last row
+    }
+    end_group();
+  };
+  if (streamed.rows > 0) read_next(0);
   for (int64_t begin = 0; begin < streamed.rows; begin += kStaged) {
-    const int rest = static_cast<int>(min(streamed.rows - begin, int64_t{kStaged + 1}));
-    const int count = min(rest, kStaged);
+    const int count = static_cast<int>(min(streamed.rows - begin, int64_t{kStaged}));
     __syncthreads();
     for (int n = threadIdx.x; n < kStaged * R; n += kThreads) {
       const int i = n % R, j = n / R;
@@ -130,37 +139,35 @@ __global__ void __launch_bounds__(kThreads, 2)
       add_weights<R>(staged, of_row, of_group);
       __syncthreads();
     }
-    for (int block = 0; block < count; block += ahead) {
-      Values<scalar_t, Count> others[ahead];
-#pragma unroll
-      for (int j = 0; j < ahead; ++j) {
-        others[j] = read<Count>(from);
-        if (block + j + 1 < rest) from += streamed.side.rows.row_stride;  // it stays at the last row
-      }
-#pragma unroll
-      for (int j = 0; j < ahead; ++j) {
-        if (block + j >= count) break;
+    for (int first_row = 0; first_row < count; first_row += kRead) {
+      await_groups<0>();
+      read_next((first_row / kRead + 1) % 2);
+      const int end = min(first_row + kRead, count);
+#pragma unroll 4
+      for (int j = first_row; j < end; ++j) {
+        const auto word = words[j % (2 * kRead)][threadIdx.x];
         float other[Count];
         bool usual = finite;
 #pragma unroll
         for (int n = 0; n < Count; ++n) {
-          other[n] = held.sign * others[j][n];
+          other[n] = held.sign * word[n];
           usual = usual && isfinite(other[n]);
         }
         if (P == 2 || usual)
-          add(block + j, other, [](float difference) { return slope<P>(difference); });
+          add(j, other, [](float difference) { return slope<P>(difference); });
         else
-          add(block + j, other, [](float difference) { return any_slope<P>(difference); });
+          add(j, other, [](float difference) { return any_slope<P>(difference); });
       }
-      if (P == 1 && ((block + ahead) % kGroup == 0 || block + ahead >= count)) {
+      if (P == 1 && (end % kGroup == 0 || end == count)) {
 #pragma unroll
         for (int i = 0; i < R; ++i) {
 #pragma unroll
-          for (int n = 0; n < Count; ++n) sum[i][n] = centred<P>(sum[i][n], of_group[block / kGroup][i]);
+          for (int n = 0; n < Count; ++n) sum[i][n] = centred<P>(sum[i][n], of_group[first_row / kGroup][i]);
         }
       }
     }
   }
+  await_groups<0>();
   if (held.side.gradient == nullptr || !inside) return;
 #pragma unroll
   for (int i = 0; i < R; ++i) {
@@ -197,13 +204,13 @@ int64_t tile_rows(int64_t rows) {
 template <typename scalar_t, int P>
 void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows rows_of_y, const Problem& problem,
                       Tensor& result) {
-  constexpr int vector = 2;
+  constexpr int vector = 8 / sizeof(scalar_t);
   STD_TORCH_CHECK(std::max(rows_of_x.row_stride, rows_of_y.row_stride) <= int64_t{UINT32_MAX},
                   "kdops: rows of x or y lie more than ", UINT32_MAX, " numbers apart, which is more than CUDA takes.");
   const int64_t in_x = tile_rows(problem.rows_x), in_y = tile_rows(problem.rows_y);
   const Tiles tiles{divide_up(problem.rows_x, in_x), divide_up(problem.rows_y, in_y), problem.symmetric};
   // As many shares as fill the device a whole number of times, so that no multiprocessor waits for the last ones.
-  const int64_t fill = divide_up(multiprocessors(x) * kWarps, std::max(problem.batches * tiles.count(), int64_t{1}));
+  const int64_t fill = divide_up(multiprocessors(x) * 2 * kWarps, std::max(problem.batches * tiles.count(), int64_t{1}));
   const int64_t times = divide_up(problem.features, fill * kLongest * 32);
   const int64_t shares = std::min(fill * times, divide_up(problem.features, 32 * vector));
   const int64_t count = problem.batches * problem.pairs();
@@ -216,7 +223,8 @@ void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows row
                                                   : partial_distances<scalar_t, P, 1, kRows, vectors>
                             : in_y == 1 ? partial_distances<scalar_t, P, kRows, 1, vectors>
                                         : partial_distances<scalar_t, P, kRows, kRows, vectors>;
-        launch(stream, divide_up(problem.batches * shares * tiles.count(), kWarps), 32 * kWarps, 0, kernel, from_x,
+        const auto shared = static_cast<size_t>(kAhead * (in_x + in_y) * 32 * kWarps) * sizeof(scalar_t) * vectors;
+        launch(stream, divide_up(problem.batches * shares * tiles.count(), kWarps), 32 * kWarps, shared, kernel, from_x,
                rows_of_x, from_y, rows_of_y, problem, shares, tiles, data<float>(partial));
       });
   launch(stream, divide_up(count, kThreads), kThreads, 0, add_shares, const_data<float>(partial), shares,
@@ -257,7 +265,7 @@ void launch_gradients(const Side<scalar_t>& x, const Side<scalar_t>& y, const Te
 // --- operators ---
 
 Tensor distance(const Tensor& x, const Tensor& y, int64_t p, Pairing pairing) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const OnDevice guard(x);
   const Problem problem = pairing.problem(x, y, p);
   const FlatPair flat(x, 1, y, pairing.first_y);
   Tensor result = empty_distances(x, y, pairing);
@@ -271,7 +279,7 @@ Tensor distance(const Tensor& x, const Tensor& y, int64_t p, Pairing pairing) {
 
 std::tuple<Tensor, Tensor> distance_backward(const Tensor& grad, const Tensor& x, const Tensor& y, int64_t p,
                                              bool need_x, bool need_y, Pairing pairing) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const OnDevice guard(x);
   const Problem problem = pairing.problem(x, y, p);
   const FlatPair flat(x, 1, y, pairing.first_y);
   const Tensor weight = weights(grad, x, problem);

@@ -9,7 +9,8 @@
 namespace kdops {
 namespace {
 
-constexpr int kWarps = 12;        // of a forward block: 168 registers for each thread
+constexpr int kWarps = 8;         // of a forward block
+constexpr int kAhead = 3;         // steps of a forward thread that are in shared memory or on their way
 constexpr int kRows = 8;          // of each input in a forward thread's registers
 constexpr int64_t kLongest = 2048;  // sums of a forward thread, which bounds their rounding error
 constexpr int kThreads = 256;     // of every other kernel
@@ -24,18 +25,24 @@ using Word = std::conditional_t<Bytes == 2, unsigned short, std::conditional_t<B
 // Count neighbouring values of a row, read at once and kept as one word until they are used.
 template <typename scalar_t, int Count>
 struct Values {
-  static_assert(Count <= 2);
   Word<sizeof(scalar_t) * Count> word;
 
   __device__ float operator[](int i) const {
-    if constexpr (Count == 1)
+    if constexpr (Count == 1) {
       return static_cast<float>(std::bit_cast<scalar_t>(word));
-    else if constexpr (std::is_same_v<scalar_t, BFloat16>)
-      return std::bit_cast<float>(i == 0 ? word << 16 : word & 0xffff0000u);  // one instruction each
-    else if constexpr (sizeof(scalar_t) == 2)
-      return static_cast<float>(std::bit_cast<scalar_t>(static_cast<Word<2>>(word >> 16 * i)));
-    else
+    } else if constexpr (sizeof(scalar_t) == 4) {
       return std::bit_cast<scalar_t>(i == 0 ? word.x : word.y);
+    } else {
+      unsigned both;
+      if constexpr (Count == 2)
+        both = word;
+      else
+        both = i < 2 ? word.x : word.y;
+      if constexpr (std::is_same_v<scalar_t, BFloat16>)
+        return std::bit_cast<float>(i % 2 == 0 ? both << 16 : both & 0xffff0000u);  // one instruction each
+      else
+        return static_cast<float>(std::bit_cast<scalar_t>(static_cast<Word<2>>(both >> i % 2 * 16)));
+    }
   }
 };
 
@@ -43,6 +50,35 @@ struct Values {
 template <int Count, typename scalar_t>
 __device__ Values<scalar_t, Count> read(const scalar_t* from) {
   return {__ldg(reinterpret_cast<const Word<sizeof(scalar_t) * Count>*>(from))};
+}
+
+// Reads into shared memory while the thread goes on: a thread waits for its own groups of words, and for nobody else's.
+template <int Count, typename scalar_t>
+__device__ void read_ahead(Values<scalar_t, Count>* to, const scalar_t* from) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(*to) >= 4) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
+                 :
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(from), "n"(sizeof(*to))
+                 : "memory");
+    return;
+  }
+#endif
+  *to = read<Count>(from);
+}
+
+__device__ void end_group() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until all groups but the last Later ones have arrived.
+template <int Later>
+__device__ void await_groups() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_group %0;" ::"n"(Later) : "memory");
+#endif
 }
 
 template <typename scalar_t, int Count>
@@ -99,7 +135,7 @@ __device__ int add_over_warp(float (&values)[N]) {
 // so that all warps together read one run of each row. A warp computes RX x RY of them; of symmetric ones it writes
 // both places.
 template <typename scalar_t, int P, int RX, int RY, int Count>
-__global__ void __launch_bounds__(32 * kWarps)
+__global__ void __launch_bounds__(32 * kWarps, 2)
     partial_distances(const scalar_t* x, Rows rows_of_x, const scalar_t* y, Rows rows_of_y, Problem problem,
                       int64_t shares, Tiles tiles, float* partial) {
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -112,46 +148,56 @@ __global__ void __launch_bounds__(32 * kWarps)
   x += part / shares * rows_of_x.batch_stride + first_x * rows_of_x.row_stride;
   y += part / shares * rows_of_y.batch_stride + first_y * rows_of_y.row_stride;
 
-  // Rows of both tiles at Count neighbouring features.
-  struct Tile {
-    Values<scalar_t, Count> a[RX], b[RY];
-  };
-  const auto fetch = [&](int64_t t) {
-    Tile tile;
-    const scalar_t *from_x = x + t, *from_y = y + t;
-    auto step_x = static_cast<unsigned>(rows_of_x.row_stride / Count);
-    auto step_y = static_cast<unsigned>(rows_of_y.row_stride / Count);
-    asm volatile("" : "+r"(step_x), "+r"(step_y));  // a pointer for every row, kept from step to step, fills the registers
+  // This thread's words of the rows of both tiles, kAhead steps of them.
+  using Word = Values<scalar_t, Count>;
+  constexpr int lanes = 32 * kWarps, slot = (RX + RY) * lanes;
+  Word* const own = reinterpret_cast<Word*>(block_memory()) + threadIdx.x;
+  const auto fetch = [&](int64_t t, Word* to) {
+    if (t < end) {
+      auto step_x = static_cast<unsigned>(rows_of_x.row_stride / Count);
+      auto step_y = static_cast<unsigned>(rows_of_y.row_stride / Count);
+      asm volatile("" : "+r"(step_x), "+r"(step_y));  // a pointer for every row, kept from step to step, fills the registers
 #pragma unroll
-    for (unsigned i = 0; i < RX; ++i) tile.a[i] = read<Count>(from_x + static_cast<uint64_t>(step_x) * (i * Count));
+      for (unsigned i = 0; i < RX; ++i)
+        read_ahead<Count>(to + i * lanes, x + t + static_cast<uint64_t>(step_x) * (i * Count));
 #pragma unroll
-    for (unsigned k = 0; k < RY; ++k) tile.b[k] = read<Count>(from_y + static_cast<uint64_t>(step_y) * (k * Count));
-    return tile;
+      for (unsigned k = 0; k < RY; ++k)
+        read_ahead<Count>(to + (RX + k) * lanes, y + t + static_cast<uint64_t>(step_y) * (k * Count));
+    }
+    end_group();
   };
+#pragma unroll
+  for (int ahead = 0; ahead < kAhead - 1; ++ahead) fetch(begin + ahead * step, own + ahead * slot);
   float sums[RX * RY] = {};
-  const auto add = [&](const Tile& tile) {
+  Word *here = own, *free = own + (kAhead - 1) * slot;
+  for (int64_t t = begin; t < end; t += step) {
+    await_groups<kAhead - 2>();
+    fetch(t + (kAhead - 1) * step, free);
+    float a[RX][Count];
 #pragma unroll
-    for (int n = 0; n < Count; ++n) {
+    for (int i = 0; i < RX; ++i) {
+      const Word word = here[i * lanes];
 #pragma unroll
-      for (int i = 0; i < RX; ++i) {
+      for (int n = 0; n < Count; ++n) a[i][n] = word[n];
+    }
 #pragma unroll
-        for (int k = 0; k < RY; ++k) {
-          const float difference = tile.a[i][n] - tile.b[k][n];
+    for (int k = 0; k < RY; ++k) {
+      const Word word = here[(RX + k) * lanes];
+#pragma unroll
+      for (int n = 0; n < Count; ++n) {
+        const float b = word[n];
+#pragma unroll
+        for (int i = 0; i < RX; ++i) {
+          const float difference = a[i][n] - b;
           sums[i * RY + k] += P == 1 ? fabsf(difference) : difference * difference;
         }
       }
     }
-  };
-  // The next features are read before those at hand are used.
-  Tile here, there;
-  if (begin < end) here = fetch(begin);
-  for (int64_t t = begin; t < end; t += 2 * step) {
-    if (t + step < end) there = fetch(t + step);
-    add(here);
-    if (t + step >= end) break;
-    if (t + 2 * step < end) here = fetch(t + 2 * step);
-    add(there);
+    free = here;
+    here = here == own + (kAhead - 1) * slot ? own : here + slot;
   }
+
+  await_groups<0>();
 
   constexpr int mine = (RX * RY + 31) / 32;
   const int first = add_over_warp<RX * RY>(sums);
