@@ -81,6 +81,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   int unread = static_cast<int>(streamed.rows);
   scalar_t* to = nullptr;
   if constexpr (Both) to = streamed.side.gradient + batch * streamed.side.gradient_rows.batch_stride + readable;
+  scalar_t* result = nullptr;
+  if (held.side.gradient != nullptr && inside)
+    result = held.side.gradient + batch * held.side.gradient_rows.batch_stride +
+             first * held.side.gradient_rows.row_stride + column;
   weights += batch * problem.pairs() + first * held.weight_step;
 
   float value[R][Count], sum[R][Count] = {};
@@ -143,7 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       await_groups<0>();
       read_next((first_row / kRead + 1) % 2);
       const int end = min(first_row + kRead, count);
-#pragma unroll 4
+#pragma unroll P == 1 ? 4 : 1  // with more, squares spill
       for (int j = first_row; j < end; ++j) {
         const auto word = words[j % (2 * kRead)][threadIdx.x];
         float other[Count];
@@ -168,15 +172,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   await_groups<0>();
-  if (held.side.gradient == nullptr || !inside) return;
+  if (result == nullptr) return;
 #pragma unroll
-  for (int i = 0; i < R; ++i) {
+  for (int i = 0; i < R; ++i, result += held.side.gradient_rows.row_stride) {
     if (i >= rows) break;
 #pragma unroll
     for (int n = 0; n < Count; ++n) sum[i][n] *= held.sign * whole;
-    write(held.side.gradient + batch * held.side.gradient_rows.batch_stride +
-              (first + i) * held.side.gradient_rows.row_stride + column,
-          sum[i]);
+    write(result, sum[i]);
   }
 }
 

@@ -1,7 +1,7 @@
 // The forward kernels of csrc/contrast.cu, and how its kernels read and write neighbouring values.
 #pragma once
 
-#include <bit>
+#include <cstring>
 
 #include "common/launch.h"
 #include "contrast.h"
@@ -22,6 +22,14 @@ __host__ __device__ constexpr int64_t divide_up(int64_t value, int64_t by) {
 template <int Bytes>
 using Word = std::conditional_t<Bytes == 2, unsigned short, std::conditional_t<Bytes == 4, unsigned, uint2>>;
 
+template <typename T, typename U>
+__device__ T bits_as(U bits) {
+  static_assert(sizeof(T) == sizeof(U));
+  T value;
+  memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
 // Count neighbouring values of a row, read at once and kept as one word until they are used.
 template <typename scalar_t, int Count>
 struct Values {
@@ -29,9 +37,9 @@ struct Values {
 
   __device__ float operator[](int i) const {
     if constexpr (Count == 1) {
-      return static_cast<float>(std::bit_cast<scalar_t>(word));
+      return static_cast<float>(bits_as<scalar_t>(word));
     } else if constexpr (sizeof(scalar_t) == 4) {
-      return std::bit_cast<scalar_t>(i == 0 ? word.x : word.y);
+      return bits_as<scalar_t>(i == 0 ? word.x : word.y);
     } else {
       unsigned both;
       if constexpr (Count == 2)
@@ -39,9 +47,9 @@ struct Values {
       else
         both = i < 2 ? word.x : word.y;
       if constexpr (std::is_same_v<scalar_t, BFloat16>)
-        return std::bit_cast<float>(i % 2 == 0 ? both << 16 : both & 0xffff0000u);  // one instruction each
+        return bits_as<float>(i % 2 == 0 ? both << 16 : both & 0xffff0000u);  // one instruction each
       else
-        return static_cast<float>(std::bit_cast<scalar_t>(static_cast<Word<2>>(both >> i % 2 * 16)));
+        return static_cast<float>(bits_as<scalar_t>(static_cast<Word<2>>(both >> i % 2 * 16)));
     }
   }
 };
@@ -131,6 +139,22 @@ __device__ int add_over_warp(float (&values)[N]) {
   return first;
 }
 
+// What a warp works on: of which batch and share of the features, and the first row of each of its tiles. A last tile that is
+// not full begins earlier, so that rows are a fixed step apart; what others write it leaves out.
+template <int RX, int RY>
+struct Work {
+  int64_t part, own_x, own_y, first_x, first_y;  // part is batch * shares + share
+
+  __device__ Work(unsigned block, const Tiles& tiles, const Problem& problem) {
+    const int64_t warp = static_cast<int64_t>(block) * kWarps + threadIdx.x / 32, tile = warp % tiles.count();
+    part = warp / tiles.count();
+    own_x = tiles.x(tile) * RX;
+    own_y = tiles.y(tile) * RY;
+    first_x = min(own_x, problem.rows_x - RX);
+    first_y = min(own_y, problem.rows_y - RY);
+  }
+};
+
 // partial[batch][share][i][k]: distance of x_i and y_k over a share of the features: every `shares`-th piece of 32 * Count,
 // so that all warps together read one run of each row. A warp computes RX x RY of them; of symmetric ones it writes
 // both places.
@@ -138,41 +162,46 @@ template <typename scalar_t, int P, int RX, int RY, int Count>
 __global__ void __launch_bounds__(32 * kWarps, 2)
     partial_distances(const scalar_t* x, Rows rows_of_x, const scalar_t* y, Rows rows_of_y, Problem problem,
                       int64_t shares, Tiles tiles, float* partial) {
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int64_t tile = warp % tiles.count(), part = warp / tiles.count();  // batch * shares + share
-  if (part >= problem.batches * shares) return;
-  const int64_t own_x = tiles.x(tile) * RX, own_y = tiles.y(tile) * RY;
-  // A last tile that is not full begins earlier, so that rows are a fixed step apart; what others write it leaves out.
-  const int64_t first_x = min(own_x, problem.rows_x - RX), first_y = min(own_y, problem.rows_y - RY);
-  const int64_t begin = (part % shares * 32 + threadIdx.x % 32) * Count, step = shares * 32 * Count, end = problem.features;
-  x += part / shares * rows_of_x.batch_stride + first_x * rows_of_x.row_stride;
-  y += part / shares * rows_of_y.batch_stride + first_y * rows_of_y.row_stride;
+  unsigned block = blockIdx.x;
+  const int64_t step = shares * 32 * Count;
+  int unread = 0;  // steps
+  {
+    const Work<RX, RY> work(block, tiles, problem);
+    if (work.part >= problem.batches * shares) return;
+    const int64_t begin = (work.part % shares * 32 + threadIdx.x % 32) * Count, batch = work.part / shares;
+    if (begin < problem.features) unread = static_cast<int>((problem.features - begin + step - 1) / step);
+    x += batch * rows_of_x.batch_stride + work.first_x * rows_of_x.row_stride + begin;
+    y += batch * rows_of_y.batch_stride + work.first_y * rows_of_y.row_stride + begin;
+  }
 
   // This thread's words of the rows of both tiles, kAhead steps of them.
   using Word = Values<scalar_t, Count>;
   constexpr int lanes = 32 * kWarps, slot = (RX + RY) * lanes;
   Word* const own = reinterpret_cast<Word*>(block_memory()) + threadIdx.x;
-  const auto fetch = [&](int64_t t, Word* to) {
-    if (t < end) {
+  const auto fetch = [&](Word* to) {
+    if (unread > 0) {
       auto step_x = static_cast<unsigned>(rows_of_x.row_stride / Count);
       auto step_y = static_cast<unsigned>(rows_of_y.row_stride / Count);
       asm volatile("" : "+r"(step_x), "+r"(step_y));  // a pointer for every row, kept from step to step, fills the registers
 #pragma unroll
       for (unsigned i = 0; i < RX; ++i)
-        read_ahead<Count>(to + i * lanes, x + t + static_cast<uint64_t>(step_x) * (i * Count));
+        read_ahead<Count>(to + i * lanes, x + static_cast<uint64_t>(step_x) * (i * Count));
 #pragma unroll
       for (unsigned k = 0; k < RY; ++k)
-        read_ahead<Count>(to + (RX + k) * lanes, y + t + static_cast<uint64_t>(step_y) * (k * Count));
+        read_ahead<Count>(to + (RX + k) * lanes, y + static_cast<uint64_t>(step_y) * (k * Count));
+      x += step;
+      y += step;
     }
+    --unread;
     end_group();
   };
-#pragma unroll
-  for (int ahead = 0; ahead < kAhead - 1; ++ahead) fetch(begin + ahead * step, own + ahead * slot);
+#pragma unroll 1
+  for (int ahead = 0; ahead < kAhead - 1; ++ahead) fetch(own + ahead * slot);
   float sums[RX * RY] = {};
   Word *here = own, *free = own + (kAhead - 1) * slot;
-  for (int64_t t = begin; t < end; t += step) {
+  while (unread > 1 - kAhead) {
     await_groups<kAhead - 2>();
-    fetch(t + (kAhead - 1) * step, free);
+    fetch(free);
     float a[RX][Count];
 #pragma unroll
     for (int i = 0; i < RX; ++i) {
@@ -196,17 +225,18 @@ __global__ void __launch_bounds__(32 * kWarps, 2)
     free = here;
     here = here == own + (kAhead - 1) * slot ? own : here + slot;
   }
-
   await_groups<0>();
 
+  asm volatile("" : "+r"(block));  // where the sums belong is found again: kept all the while, it fills registers
+  const Work<RX, RY> work(block, tiles, problem);
   constexpr int mine = (RX * RY + 31) / 32;
   const int first = add_over_warp<RX * RY>(sums);
 #pragma unroll
   for (int n = first; n < first + mine; ++n) {
-    const int64_t i = first_x + n / RY, k = first_y + n % RY;
-    if (i < own_x || i >= problem.rows_x || k < own_y || k >= problem.rows_y) continue;
-    partial[part * problem.pairs() + i * problem.rows_y + k] = sums[n - first];
-    if (problem.symmetric) partial[part * problem.pairs() + k * problem.rows_y + i] = sums[n - first];
+    const int64_t i = work.first_x + n / RY, k = work.first_y + n % RY;
+    if (i < work.own_x || i >= problem.rows_x || k < work.own_y || k >= problem.rows_y) continue;
+    partial[work.part * problem.pairs() + i * problem.rows_y + k] = sums[n - first];
+    if (problem.symmetric) partial[work.part * problem.pairs() + k * problem.rows_y + i] = sums[n - first];
   }
 }
 
