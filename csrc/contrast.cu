@@ -1,10 +1,11 @@
 // Contrastive distances on CUDA: each value is converted once for all pairs that it is in, partial sums are added in a
 // fixed order, no atomics.
 //
-// Forward: the warps are independent. Each has the pairs of 8 x 8 rows (of few rows, of one) in registers and walks down a share of the
-// features; its sums are added by shuffles, those of the shares by a second kernel. The warps of a block read the same
-// features at about the same time and find each other's rows in the L1 cache. Backward: a thread holds up to 16 rows of
-// one input at a few neighbouring features and walks over all rows of the other, of which it can write the gradient too.
+// Forward: the warps are independent. Each has the pairs of 8 x 8 rows (of few rows, of one) in registers and walks down a
+// share of the features; its sums are added by shuffles, those of the shares by a second kernel. The warps of a block read
+// the same features at about the same time and find each other's rows in the L1 cache. Backward: a thread holds up to 16
+// rows of one input at a few neighbouring features and walks over all rows of the other, of which it can write the
+// gradient too. Both read ahead into shared memory: without, what is on its way from memory is too little to keep it busy.
 #include "contrast_distances.h"
 
 namespace kdops {
@@ -67,9 +68,10 @@ struct Operand {
 template <typename scalar_t, int P, int R, int Count, bool Both>
 __global__ void __launch_bounds__(kThreads, 2)
     gradients(Operand<scalar_t> held, Operand<scalar_t> streamed, const float* weights, Problem problem) {
-  constexpr float whole = P == 1 ? 2.0f : 1.0f;    // of what `centred` gives
+  constexpr float whole = P == 1 ? 2.0f : 1.0f;  // of what `centred` gives
   __shared__ __align__(16) float staged[kStaged][R], of_row[kStaged], of_group[kStaged / kGroup][R];
-  __shared__ __align__(16) Values<scalar_t, Count> words[2 * kRead][kThreads];  // of rows at hand and of the next ones, each thread's own
+  // Of the rows at hand and of the next ones; each thread's own.
+  __shared__ __align__(16) Values<scalar_t, Count> words[2 * kRead][kThreads];
   const int64_t tiles = divide_up(held.rows, R), features = problem.features;
   const int64_t column_tiles = divide_up(features, kThreads * Count);
   const int64_t first = blockIdx.x % tiles * R, rest = blockIdx.x / tiles, batch = rest / column_tiles;
@@ -123,13 +125,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   // The next rows are read while those at hand are used.
   const auto read_next = [&](int half) {
 #pragma unroll 4
-    for (int j = 0; j < kRead; ++j) {
+    for (int j = 0; j < kRead && unread > 0; ++j, --unread, from += streamed.side.rows.row_stride)
       read_ahead<Count>(&words[half * kRead + j][threadIdx.x], from);
-      if (--unread > 0) from += streamed.side.rows.row_stride;  // it stays at the last row
-    }
     end_group();
   };
-  if (streamed.rows > 0) read_next(0);
+  read_next(0);
   for (int64_t begin = 0; begin < streamed.rows; begin += kStaged) {
     const int count = static_cast<int>(min(streamed.rows - begin, int64_t{kStaged}));
     __syncthreads();
