@@ -212,6 +212,17 @@ def test_a_training_step_is_measured_on_both_backends(monkeypatch: pytest.Monkey
     assert "dukd" not in methods  # it refuses tasks that keep the size
 
 
+def test_the_check_goes_on_when_a_measurement_adds_a_name_to_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warning does: it keeps a register in the module where it was raised."""
+    from benchmarks import bench_affinity
+
+    seen = []
+    for suite in check.suites():
+        monkeypatch.setattr(bench_affinity, f"added_by_{len(seen)}", None, raising=False)
+        seen.append(suite)
+    assert len(seen) > 5
+
+
 def test_the_check_compares_with_the_fastest_stored_baseline() -> None:
     group = [growing("kdops.cpu", 16, 1.0), growing("compile", 16, 2.0), growing("eager", 16, 3.0)]
     assert check.stored_rivals(group) == (2.0, "compile")
