@@ -56,7 +56,7 @@ def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     libraries = [f"-L{lib}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{lib}"]
     extension = str(folder / "kdops" / "_C.abi3.so")
     subprocess.run([compiler, "-shared", "-pthread", *objects, "-o", extension, *libraries], check=True)
-    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     checks = [sys.executable, "-P", str(HERE / "checks.py")]
     done = subprocess.run(checks, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

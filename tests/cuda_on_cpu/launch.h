@@ -1,7 +1,7 @@
 // In place of csrc/common/launch.h: kernels of CUDA on a CPU, where a thread of the GPU is a thread of the process.
 //
-// Blocks run one after the other. Shared memory is `static`, filled with NaN before each block; barriers are std::barrier. What
-// waits for nothing on a CPU (copies that run ahead) is done at once.
+// Blocks run one after the other. Shared memory is `static`, the dynamic part filled with NaN before each block; barriers are
+// std::barrier. Copies that run ahead on a GPU are done at once.
 #pragma once
 
 #include <barrier>
