@@ -184,5 +184,6 @@ def register(function: Callable[..., Any]) -> None:
             scratch_bytes=_scratch_bytes,
             raw_ops=tuple(op for r in raw for op in (r, f"{r}_backward")),
             no_double_backward=NO_DOUBLE_BACKWARD,
+            preference=dispatch.CUDA_FIRST,
         )
     )

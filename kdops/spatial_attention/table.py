@@ -20,6 +20,7 @@ class Tile(NamedTuple):
     stages: int
     slice: int = MOST_CHANNELS  # channels of the result that a program sums up: more are shared among several programs
     held: int = MOST_CHANNELS  # channels of the logits on chip: more of them stream through, so many at a time
+    late: bool = False  # values that are not the columns are added a tile late, which takes registers
 
 
 # For each architecture, sweep and bytes of a number: the tile of up to so many channels. Those of cuda:90 for up to 384 channels of
@@ -42,8 +43,8 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
     "cuda:90": {
         ("attend", 2): {
             64: Tile(64, 128, 4, 3),
-            128: Tile(64, 64, 4, 3),
-            192: Tile(128, 64, 8, 3),
+            128: Tile(64, 64, 4, 3, late=True),
+            192: Tile(128, 64, 8, 3, late=True),
             256: Tile(128, 64, 8, 2),
             384: Tile(128, 32, 8, 2),
             512: Tile(64, 32, 4, 2, 256),
@@ -57,8 +58,8 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         },
         ("attend given", 2): {
             64: Tile(128, 64, 8, 3),
-            128: Tile(64, 64, 4, 3),
-            192: Tile(128, 64, 8, 3),
+            128: Tile(64, 64, 4, 3, late=True),
+            192: Tile(128, 64, 8, 3, late=True),
             256: Tile(128, 32, 8, 3),
             384: Tile(128, 32, 8, 2),
             512: Tile(64, 32, 4, 2, 256),
@@ -94,7 +95,7 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         ("slopes", 4): {64: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128, 64)},
     },
     "interpreter": {
-        (sweep, size): {128: Tile(64, 64, 4, 1), 512: Tile(64, 64, 4, 1, 128, 512 if size == 2 else 64)}
+        (sweep, size): {128: Tile(64, 64, 4, 1, late=True), 512: Tile(64, 64, 4, 1, 128, 512 if size == 2 else 64)}
         for sweep in ("attend", "slopes")
         for size in (2, 4)
     },

@@ -40,6 +40,40 @@ def _statistic(statistics, features, batch, n, inside):
 
 
 @triton.jit
+def _masked(logits, inside, NEGATIVE: tl.constexpr):
+    if NEGATIVE:
+        logits = -logits
+    if inside is not None:
+        logits = tl.where(inside[None, :], logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def _given_weights(logits, statistic, inside, scale, NEGATIVE: tl.constexpr):
+    """Of columns whose denominators are known. Scaled within the exponent: one instruction an element."""
+    return tl.exp2(_masked(logits, inside, NEGATIVE) * scale - statistic[None, :])
+
+
+@triton.jit
+def _weights(logits, highest, total, inside, scale, NEGATIVE: tl.constexpr):
+    """Relative to the highest logit of each row so far; by how much what was relative to the one before shrinks; highest and total now."""
+    logits = _masked(logits, inside, NEGATIVE)
+    before = highest
+    highest = tl.maximum(before, tl.max(logits, 1))
+    level = tl.where(highest == float("-inf"), 0.0, highest)  # no column so far has any weight
+    weights = tl.exp2(logits * scale - (level * scale)[:, None])
+    shrink = tl.where(before == float("-inf"), 0.0, tl.exp2((before - level) * scale))
+    return weights, shrink, highest, total * shrink + tl.sum(weights, 1)
+
+
+@triton.jit
+def _add_weighted(sums, shrink, weights, value, GIVEN: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr):
+    if not GIVEN:
+        sums = tiles.scale_features(sums, shrink, PARTS)
+    return tiles.add_product(sums, weights, value, PARTS, PRECISION)
+
+
+@triton.jit
 def _attend(
     rows,
     columns,
@@ -59,8 +93,12 @@ def _attend(
     EVEN: tl.constexpr,  # no tile reaches beyond the last column
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    LATE: tl.constexpr,
 ):
-    """out[r] = sum over columns c of a[r, c] values[c], where a is the softmax of a row, or (GIVEN) of a column with known denominator."""
+    """out[r] = sum over columns c of a[r, c] values[c], where a is the softmax of a row, or (GIVEN) of a column with known denominator.
+
+    LATE: values are added a tile late, so that tensor cores multiply them while the next tile's weights are made.
+    """
     batch, first_row, piece = tiles.place(rows, ROWS, SLICES)
     channel = piece * VALUE_PARTS[0]
     r = first_row + tl.arange(0, ROWS)
@@ -69,30 +107,32 @@ def _attend(
     highest = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tiles.zero_features(ROWS, VALUE_PARTS)
+    if LATE:
+        weights = tl.zeros((ROWS, COLUMNS), tl.float32)
+        shrink = total
     for first in tl.range(0, columns.positions, COLUMNS, num_stages=STAGES):
         c = first + tl.arange(0, COLUMNS)
         inside = None if EVEN else c < columns.positions
         column = tiles.load_features(columns, batch, c, inside, 0, C, PARTS)
         logits = tiles.products(rows, batch, r, row_inside, row, columns, batch, c, inside, column, C, PARTS, PRECISION)
-        if NEGATIVE:
-            logits = -logits
-        if inside is not None:
-            logits = tl.where(inside[None, :], logits, float("-inf"))
-        if GIVEN:  # scaled within the exponent: one instruction an element
-            weights = tl.exp2(logits * scale - _statistic(statistics, columns, batch, c, inside)[None, :])
+        if LATE:
+            value = tiles.load_features(values, batch, c - COLUMNS, c >= COLUMNS, channel, CV, VALUE_PARTS)
+            sums = _add_weighted(sums, shrink, weights, value, GIVEN, VALUE_PARTS, PRECISION)
+        if GIVEN:
+            statistic = _statistic(statistics, columns, batch, c, inside)
+            weights = _given_weights(logits, statistic, inside, scale, NEGATIVE)
+            shrink = total
         else:
-            before = highest
-            highest = tl.maximum(before, tl.max(logits, 1))
-            level = tl.where(highest == float("-inf"), 0.0, highest)  # no column so far has any weight
-            weights = tl.exp2(logits * scale - (level * scale)[:, None])
-            shrink = tl.where(before == float("-inf"), 0.0, tl.exp2((before - level) * scale))
-            total = total * shrink + tl.sum(weights, 1)
-            sums = tiles.scale_features(sums, shrink, VALUE_PARTS)
-        if out is not None:
+            weights, shrink, highest, total = _weights(logits, highest, total, inside, scale, NEGATIVE)
+        if out is not None and not LATE:
             value = column
             if values is not None:
                 value = tiles.load_features(values, batch, c, inside, channel, CV, VALUE_PARTS)
-            sums = tiles.add_product(sums, weights, value, VALUE_PARTS, PRECISION)
+            sums = _add_weighted(sums, shrink, weights, value, GIVEN, VALUE_PARTS, PRECISION)
+    if LATE:
+        last = (tl.cdiv(columns.positions, COLUMNS) - 1) * COLUMNS + tl.arange(0, COLUMNS)
+        value = tiles.load_features(values, batch, last, last < columns.positions, channel, CV, VALUE_PARTS)
+        sums = _add_weighted(sums, shrink, weights, value, GIVEN, VALUE_PARTS, PRECISION)
     if not GIVEN:
         sums = tiles.scale_features(sums, 1 / total, VALUE_PARTS)
         if statistics is not None:
@@ -253,6 +293,7 @@ def _launch_attend(
         columns.positions % tile.columns == 0,
         tile.stages,
         _precision(max(channels, value_channels)),
+        tile.late and values is not None and out is not None,
         num_warps=tile.warps,
         **tiles.OPTIONS,
     )
