@@ -14,6 +14,14 @@ constexpr int kColumns = 64;
 constexpr int kThreads = 256;
 constexpr int kStep = kThreads / kColumns;  // a thread takes every so manieth row of its column
 
+// Four neighbouring places of a row, which are one word where they are aligned. Of these, a row has kQuads, and a thread
+// takes every kQuadRows-th row.
+struct alignas(16) Quad {
+  float at[4];
+};
+constexpr int kQuads = kColumns / 4;
+constexpr int kQuadRows = kThreads / kQuads;
+
 // Floats from one row of the image to the next, a whole number of 16-byte words.
 __host__ __device__ constexpr int pitch(int columns) {
   return (columns + 3) / 4 * 4;
@@ -55,11 +63,12 @@ struct Tiles {
 
 // The tile of this block: results are `across` columns wide. In 32 bits, whose division is short: launch() and Tiles see to that.
 struct Position {
-  unsigned batch, channel;
+  unsigned plane, batch, channel;
   int top, left;
 
   __device__ Position(const Planes& planes, const Tiles& tiles, int across) {
-    const unsigned row = blockIdx.x / tiles.along, plane = row / tiles.down;
+    const unsigned row = blockIdx.x / tiles.along;
+    plane = row / tiles.down;
     const auto channels = static_cast<unsigned>(planes.channels);
     batch = plane / channels;
     channel = plane % channels;
@@ -132,6 +141,62 @@ __device__ void load_image(const scalar_t* image, const View& view, int rows, in
     tile[row * wide + column] = held ? static_cast<float>(image[view.nearest(row, column)]) : 0.0f;
   }
 }
+
+// A tensor (B, C, H, W) of float32, or none, which stands for zeros.
+struct Source {
+  const float* values = nullptr;
+  Planes planes;
+  bool dense = true;  // contiguous, and aligned to a Quad
+
+  explicit Source(const Tensor& t)
+      : values(const_data<float>(t)),
+        planes(t),
+        dense(t.is_contiguous() && reinterpret_cast<uintptr_t>(values) % sizeof(Quad) == 0) {}
+
+  Source(const std::optional<Tensor>& t, const Tensor& alike) : planes(alike) {
+    if (t) *this = Source(*t);
+  }
+};
+
+// Reads this thread's Quads of a tile and what is around it, `rows` rows in all; Dense where all sources are and the
+// width is a multiple of 4, so that one place in memory does for all of them and no Quad crosses a border.
+template <bool Dense>
+class Reader {
+  unsigned batch, channel;
+  int y, x, bottom, width;
+  int64_t at;
+
+ public:
+  __device__ Reader(const Planes& planes, const Position& tile, int above, int before, int rows)
+      : batch(tile.batch),
+        channel(tile.channel),
+        y(tile.top - above),
+        x(tile.left - before + static_cast<int>(threadIdx.x) % kQuads * 4),
+        bottom(min(static_cast<int>(planes.height), y + rows)),
+        width(static_cast<int>(planes.width)),
+        at((tile.plane * planes.height + y) * planes.width + x) {}
+
+  // `beyond` stands for what the plane does not hold.
+  __device__ Quad operator()(const Source& from, int row, float beyond = 0) const {
+    Quad result = {beyond, beyond, beyond, beyond};
+    if (from.values == nullptr || !within(y + row, bottom)) return result;
+    if constexpr (Dense) {
+      if (within(x, width)) result = *reinterpret_cast<const Quad*>(from.values + at + static_cast<int64_t>(row) * width);
+    } else {
+      const Planes& p = from.planes;
+      const float* values = from.values + batch * p.batch_stride + channel * p.channel_stride + (y + row) * p.row_stride;
+#pragma unroll
+      for (int l = 0; l < 4; ++l)
+        if (within(x + l, width)) result.at[l] = values[(x + l) * p.column_stride];
+    }
+    return result;
+  }
+
+ private:
+  static __device__ bool within(int place, int size) {
+    return static_cast<unsigned>(place) < static_cast<unsigned>(size);
+  }
+};
 
 }  // namespace
 }  // namespace kdops
