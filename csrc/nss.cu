@@ -4,6 +4,8 @@
 // The same steps as on the CPU (csrc/nss.cpp): statistics of rows, of columns of rows, and the same way back. A thread
 // makes a strip of neighbouring results along the axis of the step from one run of values in its registers, so that
 // each value is read from shared memory about twice and not once per tap. No atomics.
+#include <cfloat>
+
 #include "nss_tiles.h"
 
 namespace kdops {
@@ -229,7 +231,7 @@ struct Parts {
 // The maps x, a, b and d, one after the other. Windows beyond the plane pass nothing on.
 template <bool Dense>
 __device__ void load_windows(const Inputs& from, const Reader<Dense>& read, const Parts& parts, float c, float* maps) {
-  constexpr int ahead = 2;  // rows, all of whose values are read before the first is used
+  constexpr int ahead = Dense ? 2 : 1;  // rows, all of whose values are read before the first is used
   for (int first = threadIdx.x / kQuads; first < parts.rows; first += ahead * kQuadRows) {
     Quad x[ahead], normalised[ahead], std[ahead], of_normalised[ahead], of_std[ahead];
 #pragma unroll
@@ -260,44 +262,53 @@ __device__ void load_windows(const Inputs& from, const Reader<Dense>& read, cons
   }
 }
 
-// add(n, weights) for each of Count places of an axis from `begin` on, of the windows that cover it: the first and the
-// last of the axis also stand for the padding.
-template <int Count, typename Add>
-__device__ void covering(const Weights<float>& weights, int begin, int64_t size, bool replicate, const Add& add) {
-#pragma unroll
-  for (int n = 0; n < Count; ++n) add(n, weights.at);
-  if (!replicate) return;
-#pragma unroll
-  for (int n = 0; n < Count; ++n) {
-    if (begin + n == 0) add(n, weights.first);
-    if (begin + n == static_cast<int>(size) - 1) add(n, weights.last);
-  }
+// add(n, weights) for those of `count` places of an axis, from `begin` on, that also stand for the padding: the first
+// and the last of the axis.
+template <typename Add>
+__device__ void padding(const Weights<float>& weights, int begin, int count, int64_t size, const Add& add) {
+  const int last = static_cast<int>(size) - 1 - begin;
+  if (begin == 0) add(0, weights.first);
+  if (0 <= last && last < count) add(last, weights.last);
 }
 
 // What the windows of each column pass on to the pixels of that column: to a pixel x of the same row, but any column,
-// pass they sums + spreads (x - pixel).
+// they pass sums + spreads (x - pixel).
 template <int Radius>
 __device__ void sum_columns(const float* maps, const Parts& parts, const Position& tile, int64_t height,
                             const Weights<float>& weights, int radius, bool replicate, float* sums, float* spreads) {
-  for_columns<kDown<Radius>>([&](int row, int column) {
-    constexpr int count = kDown<Radius>;
+  const float *a = maps + parts.map(), *b = a + parts.map(), *d = b + parts.map();
+  constexpr int count = kDown<Radius>;
+  for_columns<count>([&](int row, int column) {
     const int at = row * kColumns + column;
-    const Strip<Radius, count> x(maps + at, kColumns), a(maps + parts.map() + at, kColumns),
-        b(maps + 2 * parts.map() + at, kColumns), d(maps + 3 * parts.map() + at, kColumns);
+    const Strip<Radius, count> x(maps + at, kColumns);
     float sum[count] = {}, spread[count] = {};
-    covering<count>(weights, tile.top + row, height, replicate, [&](int n, const float* weight) {
 #pragma unroll
-      for (int i = 0; i <= 2 * radius; ++i) {
-        const float deviation = (x(n, radius) - x(n, i)) + d(n, i);
-        sum[n] += weight[i] * (b(n, i) * deviation - a(n, i));
-        spread[n] += weight[i] * b(n, i);
+    for (int j = 0; j < count + 2 * radius; ++j) {
+      const int window = at + j * kColumns;
+#pragma unroll
+      for (int n = 0; n < count; ++n) {
+        const int i = j - n;
+        if (i < 0 || i > 2 * radius) continue;
+        sum[n] += weights.at[i] * (b[window] * ((x(n, radius) - x(n, i)) + d[window]) - a[window]);
+        spread[n] += weights.at[i] * b[window];
       }
-    });
+    }
 #pragma unroll
     for (int n = 0; n < count; ++n) {
       sums[at + n * kColumns] = sum[n];
       spreads[at + n * kColumns] = spread[n];
     }
+    if (!replicate) return;
+    padding(weights, tile.top + row, count, height, [&](int n, const float* weight) {
+      const int first = at + n * kColumns;
+#pragma unroll 1
+      for (int i = 0; i <= 2 * radius; ++i) {
+        const int window = first + i * kColumns;
+        const float deviation = (maps[first + radius * kColumns] - maps[window]) + d[window];
+        sums[first] += weight[i] * (b[window] * deviation - a[window]);
+        spreads[first] += weight[i] * b[window];
+      }
+    });
   });
 }
 
@@ -311,11 +322,25 @@ __device__ void sum_rows(const float* maps, const Parts& parts, const Position& 
     const int at = row * kColumns + column, centre = at + radius * kColumns, skip = parts.lead - radius;
     const Run<Radius> x(maps + centre, skip), sum(sums + at, skip), spread(spreads + at, skip);
     Quad result = *reinterpret_cast<const Quad*>(maps + parts.map() + centre + parts.lead);
-    covering<4>(weights, tile.left + column, width, replicate, [&](int n, const float* weight) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
 #pragma unroll
       for (int i = 0; i <= 2 * radius; ++i)
-        result.at[n] += weight[i] * (sum(n, i) + spread(n, i) * (x(n, radius) - x(n, i)));
-    });
+        result.at[n] += weights.at[i] * (sum(n, i) + spread(n, i) * (x(n, radius) - x(n, i)));
+    }
+    if (replicate) {
+      padding(weights, tile.left + column, 4, width, [&](int edge, const float* weight) {
+        float more = 0;
+#pragma unroll 1
+        for (int i = 0; i <= 2 * radius; ++i) {
+          const int window = skip + edge + i;
+          const float beyond = maps[centre + parts.lead + edge] - maps[centre + window];
+          more += weight[i] * (sums[at + window] + spreads[at + window] * beyond);
+        }
+#pragma unroll
+        for (int n = 0; n < 4; ++n) result.at[n] += n == edge ? more : 0;
+      });
+    }
     write(row, column, result);
   });
 }
