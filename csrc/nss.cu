@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
               scalar_t* normalised, scalar_t* std, const Planes out) {
   const int radius = Radius ? Radius : any_radius, rows = kRows + 2 * radius, columns = kColumns + 2 * radius;
   float *x = &block_memory()->x, *offset = x + rows * pitch(columns), *variance = offset + rows * kColumns;
-  const Position tile(planes, tiles, kColumns);
+  const Position tile(tiles, kColumns);
   load_image(image, View(planes, tile, radius, rows, columns), rows, radius, replicate, x);
   __syncthreads();
   row_statistics<Radius>(x, rows, weights, radius, offset, variance);
@@ -195,11 +195,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // --- the way back ---
-
-// What backward reads, each (B, C, H, W).
-struct Inputs {
-  Source image, normalised, std, of_normalised, of_std;
-};
 
 // What a window's results pass on: a, negated, to its mean, and b, twice, to its variance; d is its pixel less the mean.
 struct Slopes {
@@ -233,28 +228,25 @@ template <bool Dense>
 __device__ void load_windows(const Inputs& from, const Reader<Dense>& read, const Parts& parts, float c, float* maps) {
   constexpr int ahead = Dense ? 2 : 1;  // rows, all of whose values are read before the first is used
   for (int first = threadIdx.x / kQuads; first < parts.rows; first += ahead * kQuadRows) {
-    Quad x[ahead], normalised[ahead], std[ahead], of_normalised[ahead], of_std[ahead];
+    Windows windows[ahead];
+    bool held[ahead];
 #pragma unroll
-    for (int n = 0; n < ahead; ++n) {
-      const int row = first + n * kQuadRows;
-      x[n] = read(from.image, row);
-      normalised[n] = read(from.normalised, row);
-      std[n] = read(from.std, row, 1);
-      of_normalised[n] = read(from.of_normalised, row);
-      of_std[n] = read(from.of_std, row);
-    }
+    for (int n = 0; n < ahead; ++n) held[n] = read(from, first + n * kQuadRows, windows[n]);
 #pragma unroll
     for (int n = 0; n < ahead; ++n) {
       const int row = first + n * kQuadRows;
       if (row >= parts.rows) break;
-      Quad a, b, d;
-#pragma unroll
-      for (int l = 0; l < 4; ++l) {
-        const Slopes slopes(normalised[n].at[l], std[n].at[l], of_normalised[n].at[l], of_std[n].at[l], c);
-        a.at[l] = slopes.a, b.at[l] = slopes.b, d.at[l] = slopes.d;
-      }
       Quad* to = reinterpret_cast<Quad*>(maps + row * kColumns) + threadIdx.x % kQuads;
-      to[0] = x[n];
+      Quad a = {}, b = {}, d = {};
+      if (held[n]) {
+#pragma unroll
+        for (int l = 0; l < 4; ++l) {
+          const Windows& w = windows[n];
+          const Slopes slopes(w.normalised.at[l], w.std.at[l], w.of_normalised.at[l], w.of_std.at[l], c);
+          a.at[l] = slopes.a, b.at[l] = slopes.b, d.at[l] = slopes.d;
+        }
+      }
+      to[0] = held[n] ? windows[n].image : Quad{};
       to[parts.map() / 4] = a;
       to[2 * parts.map() / 4] = b;
       to[3 * parts.map() / 4] = d;
@@ -345,39 +337,35 @@ __device__ void sum_rows(const float* maps, const Parts& parts, const Position& 
   });
 }
 
-template <int Radius>
-__global__ void __launch_bounds__(kThreads, 4)
+// As many blocks as shared memory holds share a multiprocessor.
+template <int Radius, bool Dense>
+__global__ void __launch_bounds__(kThreads, Radius ? 4 : 2)
     gradients(const __grid_constant__ Inputs from, const Tiles tiles, const __grid_constant__ Weights<float> weights,
-              int any_radius, float c, bool replicate, bool dense, float* gradient,
-              const __grid_constant__ Planes planes) {
+              int any_radius, float c, bool replicate, float* gradient, const __grid_constant__ Planes planes) {
   const int radius = Radius ? Radius : any_radius;
   const Parts parts(radius);
   float *maps = &block_memory()->x, *sums = maps + 4 * parts.map(), *spreads = sums + kRows * kColumns;
-  const Position tile(planes, tiles, parts.across);
-  if (dense)
-    load_windows(from, Reader<true>(planes, tile, radius, parts.lead, parts.rows), parts, c, maps);
-  else
-    load_windows(from, Reader<false>(planes, tile, radius, parts.lead, parts.rows), parts, c, maps);
+  const Position tile(tiles, parts.across);
+  load_windows(from, Reader<Dense>(planes, tile, radius, parts.lead, parts.rows), parts, c, maps);
   __syncthreads();
   sum_columns<Radius>(maps, parts, tile, planes.height, weights, radius, replicate, sums, spreads);
   __syncthreads();
   const View results(planes, tile, 0, kRows, parts.across);
   sum_rows<Radius>(maps, parts, tile, planes.width, weights, radius, replicate, sums, spreads,
                    [&](int row, int column, const Quad& result) {
-                     if (!results.holds(row, column)) return;
                      float* to = gradient + results.offset(row, column);
-                     if (dense) {
-                       *reinterpret_cast<Quad*>(to) = result;
-                       return;
-                     }
+                     if constexpr (Dense) {
+                       if (results.holds(row, column)) *reinterpret_cast<Quad*>(to) = result;
+                     } else {
 #pragma unroll
-                     for (int n = 0; n < 4; ++n)
-                       if (results.holds(row, column + n)) to[n * results.x.stride] = result.at[n];
+                       for (int n = 0; n < 4; ++n)
+                         if (results.holds(row, column + n)) to[n * results.x.stride] = result.at[n];
+                     }
                    });
 }
 
 int64_t blocks(const Planes& planes, const Tiles& tiles) {
-  return planes.count() * tiles.along * tiles.down;
+  return planes.count() * tiles.along.value * tiles.down.value;
 }
 
 // Calls run with the radius as a constant: 3, of the usual window, or 0 for any.
@@ -422,15 +410,13 @@ Tensor mscn_backward(const std::optional<Tensor>& grad_normalised, const std::op
   for_dtype<float>(image.scalar_type(), [&](auto) {
     const Inputs inputs{Source(image), Source(normalised), Source(std), Source(grad_normalised, image),
                         Source(grad_std, image)};
-    const bool dense = image.size(3) % 4 == 0 && inputs.image.dense && inputs.normalised.dense && inputs.std.dense &&
-                       inputs.of_normalised.dense && inputs.of_std.dense;
     const Planes planes(gradient);
     const auto radius = static_cast<int>(shape.radius);
     const Tiles tiles(planes, Parts(radius).across);
     with_radius(radius, [&](auto usual) {
       launch(current_stream(image), blocks(planes, tiles), kThreads, sizeof(float) * Parts(radius).floats(),
-             gradients<usual>, inputs, tiles, shape.weights<float>(), radius, static_cast<float>(c), replicate, dense,
-             data<float>(gradient), planes);
+             inputs.dense() ? gradients<usual, true> : gradients<usual, false>, inputs, tiles, shape.weights<float>(),
+             radius, static_cast<float>(c), replicate, data<float>(gradient), planes);
     });
   });
   return gradient;
