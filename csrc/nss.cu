@@ -97,6 +97,17 @@ __device__ float inverse(float x) {
 #endif
 }
 
+// One instruction, which the compiler does not make of an assignment.
+__device__ void store(float* to, const Quad& quad) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(quad.at[0]), "f"(quad.at[1]), "f"(quad.at[2]),
+               "f"(quad.at[3])
+               : "memory");
+#else
+  *reinterpret_cast<Quad*>(to) = quad;
+#endif
+}
+
 __device__ float root(float x) {
 #ifdef __CUDA_ARCH__
   float result;
@@ -355,7 +366,7 @@ __global__ void __launch_bounds__(kThreads, Radius ? 4 : 2)
                    [&](int row, int column, const Quad& result) {
                      float* to = gradient + results.offset(row, column);
                      if constexpr (Dense) {
-                       if (results.holds(row, column)) *reinterpret_cast<Quad*>(to) = result;
+                       if (results.holds(row, column)) store(to, result);
                      } else {
 #pragma unroll
                        for (int n = 0; n < 4; ++n)
