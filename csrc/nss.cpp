@@ -1,8 +1,8 @@
 // Locally normalised images on the CPU: tiles that stay in cache, with a border as wide as the window needs.
 //
-// Forward: statistics of rows, then of columns of rows (csrc/nss.h). Backward takes them from forward's results and goes
-// the other way: what a pixel receives from the windows above and below, then from the columns of those to its left and
-// right. Every number comes from one place, so the result does not depend on the number of threads.
+// Forward: statistics of rows, then of columns of rows (csrc/nss.h). Backward takes them from forward's results and
+// goes the other way: what a pixel receives from the windows above and below, then from the columns of those to its
+// left and right. Every number comes from one place, so the result does not depend on the number of threads.
 #include "nss.h"
 
 #include <limits>
@@ -145,8 +145,8 @@ KDOPS_CLONED void slopes(int64_t count, T c, T* __restrict normalised_to_d, cons
   }
 }
 
-// What the windows of each column pass on to the pixel x of one row in that column, and what they add for each unit that
-// another pixel of the row exceeds it. a, b and d point to the first row of windows that cover the pixels.
+// What the windows of each column pass on to the pixel x of one row in that column, and what they add for each unit
+// that another pixel of the row exceeds it. a, b and d point to the first row of windows that cover the pixels.
 template <typename T, typename Radius>
 KDOPS_CLONED void gather_columns(const T* __restrict x, const T* __restrict a, const T* __restrict b,
                                  const T* __restrict d, int64_t pitch, int64_t count, const T* __restrict weight,

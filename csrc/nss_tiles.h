@@ -14,8 +14,8 @@ constexpr int kColumns = 64;
 constexpr int kThreads = 256;
 constexpr int kStep = kThreads / kColumns;  // a thread takes every so manieth row of its column
 
-// Four neighbouring places of a row, which are one word where they are aligned. Of these, a row has kQuads, and a thread
-// takes every kQuadRows-th row.
+// Four neighbouring places of a row, which are one word where they are aligned. Of these, a row has kQuads, and a
+// thread takes every kQuadRows-th row.
 struct alignas(16) Quad {
   float at[4];
 };
@@ -121,7 +121,8 @@ struct View {
   }
 };
 
-// body(row, where it is in memory, whether it is of the plane) for the rows of a view that this thread takes in its column.
+// body(row, where it is in memory, whether it is of the plane) for the rows of a view that this thread takes in its
+// column.
 template <typename Body>
 __device__ void walk(const View& view, int rows, const Body& body) {
   const int first = threadIdx.x / kColumns, column = threadIdx.x % kColumns, steps = (rows + kStep - 1) / kStep;

@@ -47,16 +47,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(op: registration.Op) -> Callable[..., Any]:
-    suffix = "_triton" if op.name().endswith("_triton") else ""
-    forward = registration.op(NAME, suffix)
+    forward = registration.op(NAME, "_triton" if op == registration.op(f"{NAME}_backward", "_triton") else "")
 
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
         image, *results = ctx.saved_tensors
         if not results:
-            image, *grads = (t if t is None else t.float() for t in (image, *grads))
-            results = forward(image, *ctx.options)
-        gradient = op(*grads, image, *results, *ctx.options)
-        return gradient.to(ctx.saved_tensors[0].dtype), None, None, None, None
+            wide = image.float()
+            results = forward(wide, *ctx.options)
+            upstream = (grad if grad is None else grad.float() for grad in grads)
+            return op(*upstream, wide, *results, *ctx.options).to(image.dtype), None, None, None, None
+        return op(*grads, image, *results, *ctx.options), None, None, None, None
 
     return backward
 

@@ -326,5 +326,13 @@ class _Call:
             self.image, self.tables, *windows, *of_columns, *self.sizes, self.c, *strides, *options, **launch
         )
         _gather_rows[self.grid](
-            self.image, self.tables, *of_columns, gradient, *self.sizes, *strides, *gradient.stride(), *options, **launch
+            self.image,
+            self.tables,
+            *of_columns,
+            gradient,
+            *self.sizes,
+            *strides,
+            *gradient.stride(),
+            *options,
+            **launch,
         )
