@@ -1,9 +1,11 @@
 // Locally normalised images on the CPU: tiles that stay in cache, with a border as wide as the window needs.
 //
-// Forward: statistics of rows, then of columns of rows (csrc/nss.h). Backward makes them again from the image and goes
-// the same way back: what the statistics of a row receive from the windows above and below, then what its pixels
-// receive from those. Every number comes from one place, so the result does not depend on the number of threads.
+// Forward: statistics of rows, then of columns of rows (csrc/nss.h). Backward takes them from forward's results and
+// goes the other way: what a pixel receives from the windows above and below, then from the columns of those to its
+// left and right. Every number comes from one place, so the result does not depend on the number of threads.
 #include "nss.h"
+
+#include <limits>
 
 #include "common/parallel.h"
 #include "common/simd.h"
@@ -42,25 +44,25 @@ KDOPS_CLONED void store_row(const T* __restrict from, int64_t count, scalar_t* _
 }
 
 // Rows [top, top + rows) and columns [left, left + columns) of a plane, which may reach beyond it: there with its
-// border pixels if `replicate`, else zeros. `pitch` numbers are written of every row.
+// border pixels if `replicate`, else the number `beyond`. `pitch` numbers are written of every row.
 template <typename scalar_t, typename T>
 void load_padded(const scalar_t* plane, const Planes& planes, int64_t top, int64_t left, int64_t rows, int64_t columns,
-                 bool replicate, T* tile, int64_t pitch) {
+                 bool replicate, T* tile, int64_t pitch, T beyond = 0) {
   const int64_t begin = std::clamp<int64_t>(-left, 0, columns);
   const int64_t end = std::clamp(planes.width - left, begin, columns);
   for (int64_t row = 0; row < rows; ++row, tile += pitch) {
     const int64_t y = std::clamp<int64_t>(top + row, 0, planes.height - 1);
     if (!replicate && y != top + row) {
-      std::fill(tile, tile + pitch, T(0));
+      std::fill(tile, tile + pitch, beyond);
       continue;
     }
     const scalar_t* from = plane + y * planes.row_stride;
     load_row(from + (left + begin) * planes.column_stride, planes.column_stride, end - begin, tile + begin);
-    const T before = replicate ? T(widen(from[0])) : T(0);
-    const T after = replicate ? T(widen(from[(planes.width - 1) * planes.column_stride])) : T(0);
+    const T before = replicate ? T(widen(from[0])) : beyond;
+    const T after = replicate ? T(widen(from[(planes.width - 1) * planes.column_stride])) : beyond;
     std::fill(tile, tile + begin, before);
     std::fill(tile + end, tile + columns, after);
-    std::fill(tile + columns, tile + pitch, T(0));
+    std::fill(tile + columns, tile + pitch, beyond);
   }
 }
 
@@ -129,26 +131,26 @@ KDOPS_CLONED void normalise(T* __restrict relative_mean, const T* __restrict std
 
 // --- the way back ---
 
-// From the upstream gradients of normalised and std to those that a window's statistics pass on: to its mean, negated,
-// and to its variance, twice.
+// In place, from the results of windows and their upstream gradients to what they pass on: b, twice, to the variance,
+// and a, negated, to the mean; d is the pixel less the mean. Where std overflows, all three are 0.
 template <typename T>
-KDOPS_CLONED void slopes(const T* __restrict mean, const T* __restrict std, int64_t count, T c,
-                         T* __restrict normalised, T* __restrict of_std) {
+KDOPS_CLONED void slopes(int64_t count, T c, T* __restrict normalised_to_d, const T* __restrict std,
+                         T* __restrict of_normalised_to_a, T* __restrict of_std_to_b) {
 #pragma omp simd
   for (int64_t t = 0; t < count; ++t) {
-    const T factor = 1 / (std[t] + c);
-    normalised[t] *= factor;
-    of_std[t] = (of_std[t] + normalised[t] * (mean[t] * factor)) / std[t];
+    const T scale = std[t] + c, a = of_normalised_to_a[t] / scale;
+    of_std_to_b[t] = (of_std_to_b[t] - a * normalised_to_d[t]) / std[t];
+    of_normalised_to_a[t] = a;
+    normalised_to_d[t] *= std::min(scale, std::numeric_limits<T>::max());
   }
 }
 
-// The gradients of one row's means and (twice) variances, from the windows that cover them: the first row of windows is
-// where these point to; x and offset point to the row itself.
+// What the windows of each column pass on to the pixel x of one row in that column, and what they add for each unit
+// that another pixel of the row exceeds it. a, b and d point to the first row of windows that cover the pixels.
 template <typename T, typename Radius>
-KDOPS_CLONED void gather_columns(const T* __restrict x, const T* __restrict offset, const T* __restrict mean,
-                                 const T* __restrict to_mean, const T* __restrict to_variance, int64_t pitch,
-                                 int64_t count, const T* __restrict weight, Radius radius, T* __restrict of_mean,
-                                 T* __restrict of_variance) {
+KDOPS_CLONED void gather_columns(const T* __restrict x, const T* __restrict a, const T* __restrict b,
+                                 const T* __restrict d, int64_t pitch, int64_t count, const T* __restrict weight,
+                                 Radius radius, T* __restrict sums, T* __restrict spreads) {
   for (int64_t t = 0; t < count; t += kLanes<T>) {
     Lanes<T> sum, spread;
     for (int64_t i = 0; i <= 2 * radius; ++i) {
@@ -156,36 +158,28 @@ KDOPS_CLONED void gather_columns(const T* __restrict x, const T* __restrict offs
       const T* centre = x + (i - radius) * pitch + t;
 #pragma omp simd
       for (int64_t l = 0; l < kLanes<T>; ++l) {
-        const T deviation = ((x[t + l] - centre[l]) + offset[t + l]) - mean[at + l];
-        sum.at[l] += weight[i] * (to_variance[at + l] * deviation - to_mean[at + l]);
-        spread.at[l] += weight[i] * to_variance[at + l];
+        sum.at[l] += weight[i] * (b[at + l] * ((x[t + l] - centre[l]) + d[at + l]) - a[at + l]);
+        spread.at[l] += weight[i] * b[at + l];
       }
     }
 #pragma omp simd
-    for (int64_t l = 0; l < kLanes<T>; ++l) of_mean[t + l] = sum.at[l], of_variance[t + l] = spread.at[l];
+    for (int64_t l = 0; l < kLanes<T>; ++l) sums[t + l] = sum.at[l], spreads[t + l] = spread.at[l];
   }
 }
 
-// The term of a pixel x from the statistics of a row around `centre`.
-template <typename T>
-KDOPS_INLINE T from_row(T weight, T x, T centre, T offset, T of_mean, T of_variance) {
-  return weight * (of_mean + of_variance * ((x - centre) - offset));
-}
-
-// gradient[t] = direct[t] + what pixel x[t] receives from the windows of its row that cover it; offset, of_mean and
-// of_variance point to the first one.
+// gradient[t] = direct[t] + what pixel x[t] receives from the columns of the windows that cover it, the first of which
+// sums and spreads point to.
 template <typename T, typename Radius>
-KDOPS_CLONED void gather_rows(const T* __restrict x, const T* __restrict offset, const T* __restrict of_mean,
-                              const T* __restrict of_variance, const T* __restrict direct, int64_t count,
-                              const T* __restrict weight, Radius radius, T* __restrict gradient) {
+KDOPS_CLONED void gather_rows(const T* __restrict x, const T* __restrict sums, const T* __restrict spreads,
+                              const T* __restrict direct, int64_t count, const T* __restrict weight, Radius radius,
+                              T* __restrict gradient) {
   for (int64_t t = 0; t < count; t += kLanes<T>) {
     Lanes<T> sum;
     for (int64_t i = 0; i <= 2 * radius; ++i) {
-      const T* centre = x + t + i - radius;
+      const int64_t at = t + i;
 #pragma omp simd
       for (int64_t l = 0; l < kLanes<T>; ++l) {
-        sum.at[l] +=
-            from_row(weight[i], x[t + l], centre[l], offset[t + i + l], of_mean[t + i + l], of_variance[t + i + l]);
+        sum.at[l] += weight[i] * (sums[at + l] + spreads[at + l] * (x[t + l] - x[at - radius + l]));
       }
     }
 #pragma omp simd
@@ -195,11 +189,9 @@ KDOPS_CLONED void gather_rows(const T* __restrict x, const T* __restrict offset,
 
 // The same for one pixel, without vectors: the first and the last of a row stand for the padding as well.
 template <typename T>
-T at_the_edge(const T* x, const T* offset, const T* of_mean, const T* of_variance, const T* weight, int64_t radius) {
+T at_the_edge(const T* x, const T* sums, const T* spreads, const T* weight, int64_t radius) {
   T sum = 0;
-  for (int64_t i = 0; i <= 2 * radius; ++i) {
-    sum += from_row(weight[i], x[0], x[i - radius], offset[i], of_mean[i], of_variance[i]);
-  }
+  for (int64_t i = 0; i <= 2 * radius; ++i) sum += weight[i] * (sums[i] + spreads[i] * (x[0] - x[i - radius]));
   return sum;
 }
 
@@ -270,67 +262,61 @@ void forward(const scalar_t* image, const Planes& planes, const Window& window, 
   });
 }
 
-// An upstream gradient, or none.
-template <typename scalar_t>
-struct Upstream {
-  const scalar_t* values;
+// What backward reads: a tensor, or none, which stands for zeros.
+template <typename T>
+struct Source {
+  const T* values = nullptr;
   Planes planes;
 
-  Upstream(const std::optional<Tensor>& grad, const Tensor& image)
-      : values(grad ? const_data<scalar_t>(*grad) : nullptr), planes(grad ? *grad : image) {}
+  explicit Source(const Tensor& t) : values(const_data<T>(t)), planes(t) {}
 
-  template <typename T>
-  void load(const Tile& tile, int64_t border, T* to, int64_t pitch) const {
+  Source(const std::optional<Tensor>& t, const Tensor& alike) : planes(alike) {
+    if (t) *this = Source(*t);
+  }
+
+  // A tile with its border, `beyond` where that is not of the plane.
+  void load(const Tile& tile, int64_t border, T* to, int64_t pitch, T beyond = 0) const {
     const int64_t rows = tile.rows + 2 * border;
     if (values == nullptr) return std::fill(to, to + rows * pitch, T(0));
     load_padded(values + planes.begin(tile.plane), planes, tile.top - border, tile.left - border, rows,
-                tile.columns + 2 * border, false, to, pitch);
+                tile.columns + 2 * border, false, to, pitch, beyond);
   }
 };
 
-template <typename scalar_t, typename Radius>
-void backward(const Upstream<scalar_t>& of_normalised, const Upstream<scalar_t>& of_std, const scalar_t* image,
-              const Planes& planes, const Window& window, Radius radius, scalar_t* gradient, const Planes& gradients) {
-  using T = Accumulator<scalar_t>;
+template <typename T>
+struct Sources {
+  Source<T> image, normalised, std, of_normalised, of_std;
+};
+
+template <typename T, typename Radius>
+void backward(const Sources<T>& from, const Window& window, Radius radius, T* gradient, const Planes& gradients) {
+  const Planes& planes = from.image.planes;
   const Tiling tiling(planes);
-  const int64_t pitch = tiling.pitch<T>(2 * radius);
-  const int64_t wide = (tiling.rows() + 4 * radius) * pitch, most = (tiling.rows() + 2 * radius) * pitch;
+  const int64_t pitch = tiling.pitch<T>(radius), most = (tiling.rows() + 2 * radius) * pitch;
   const Weights<T> weights = window.weights<T>();
-  for_each_task<T>(tiling.count(), 3 * wide + 4 * most + 3 * pitch, [&](int64_t task, T* x) {
-    T *offset = x + wide, *variance = offset + wide, *mean = variance + wide, *std = mean + most;
-    T *to_mean = std + most, *to_variance = to_mean + most, *of_mean = to_variance + most,
-      *of_variance = of_mean + pitch, *result = of_variance + pitch;
+  for_each_task<T>(tiling.count(), 5 * most + 3 * pitch, [&](int64_t task, T* x) {
+    T *a = x + most, *b = a + most, *d = b + most, *std = d + most;
+    T *sums = std + most, *spreads = sums + pitch, *result = spreads + pitch;
     const Tile tile = tiling[task];
     const int64_t rows = tile.rows + 2 * radius, columns = tile.columns + 2 * radius;  // of windows
-    load_padded(image + planes.begin(tile.plane), planes, tile.top - 2 * radius, tile.left - 2 * radius,
-                rows + 2 * radius, columns + 2 * radius, window.replicate, x, pitch);
-    of_normalised.load(tile, radius, to_mean, pitch);
-    of_std.load(tile, radius, to_variance, pitch);
-    for (int64_t row = 0; row < rows + 2 * radius; ++row) {
-      const int64_t at = row * pitch;
-      row_statistics(x + at, columns, weights.at, radius, offset + at, variance + at);
-    }
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t at = row * pitch;
-      column_statistics(x + at + radius, offset + at, variance + at, pitch, columns, weights.at, radius, mean + at,
-                        std + at);
-      slopes(mean + at, std + at, columns, static_cast<T>(window.c), to_mean + at, to_variance + at);
-    }
+    from.image.load(tile, radius, x, pitch);
+    from.normalised.load(tile, radius, d, pitch);
+    from.std.load(tile, radius, std, pitch, 1);  // windows beyond the plane pass nothing on
+    from.of_normalised.load(tile, radius, a, pitch);
+    from.of_std.load(tile, radius, b, pitch);
+    slopes(rows * pitch, static_cast<T>(window.c), d, std, a, b);
     for (int64_t row = 0; row < tile.rows; ++row) {
-      const int64_t at = row * pitch, y = tile.top + row;
-      const T* centre = x + (row + 2 * radius) * pitch + 2 * radius;  // the first pixel of the row
-      const T* row_offset = offset + (row + 2 * radius) * pitch;
+      const int64_t at = row * pitch, centre = at + radius * pitch, y = tile.top + row;
+      const T* pixel = x + centre + radius;  // the first of the row
       T weight[kMostTaps];
       for (int64_t i = 0; i <= 2 * radius; ++i) {
         weight[i] =
             weights.at[i] + (y == 0 ? weights.first[i] : 0) + (y == planes.height - 1 ? weights.last[i] : 0);
       }
-      gather_columns(centre - radius, row_offset, mean + at, to_mean + at, to_variance + at, pitch, columns, weight,
-                     radius, of_mean, of_variance);
-      gather_rows(centre, row_offset, of_mean, of_variance, to_mean + (row + radius) * pitch + radius, tile.columns,
-                  weights.at, radius, result);
+      gather_columns(x + centre, a + at, b + at, d + at, pitch, columns, weight, radius, sums, spreads);
+      gather_rows(pixel, sums, spreads, a + centre + radius, tile.columns, weights.at, radius, result);
       const auto add_edge = [&](int64_t t, const T* extra) {
-        result[t] += at_the_edge(centre + t, row_offset + t, of_mean + t, of_variance + t, extra, radius);
+        result[t] += at_the_edge(pixel + t, sums + t, spreads + t, extra, radius);
       };
       if (window.replicate && tile.left == 0) add_edge(0, weights.first);
       if (window.replicate && tile.left + tile.columns == planes.width) add_edge(tile.columns - 1, weights.last);
@@ -366,17 +352,19 @@ std::tuple<Tensor, Tensor> mscn(const Tensor& image, int64_t window, double sigm
 }
 
 Tensor mscn_backward(const std::optional<Tensor>& grad_normalised, const std::optional<Tensor>& grad_std,
-                     const Tensor& image, int64_t window, double sigma, double c, bool replicate) {
+                     const Tensor& image, const Tensor& normalised, const Tensor& std, int64_t window, double sigma,
+                     double c, bool replicate) {
   const Window shape(image, window, sigma, c, replicate);
+  check_results(normalised, std, image);
   check_upstream(grad_normalised, image);
   check_upstream(grad_std, image);
   Tensor gradient = torch::stable::empty_like(image);
-  for_dtype<float, double, BFloat16, Half>(image.scalar_type(), [&](auto zero) {
-    using scalar_t = decltype(zero);
-    const Upstream<scalar_t> of_normalised(grad_normalised, image), of_std(grad_std, image);
+  for_dtype<float, double>(image.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const Sources<T> sources{Source<T>(image), Source<T>(normalised), Source<T>(std),
+                             Source<T>(grad_normalised, image), Source<T>(grad_std, image)};
     with_radius(shape.radius, [&](auto radius) {
-      backward(of_normalised, of_std, const_data<scalar_t>(image), Planes(image), shape, radius,
-               data<scalar_t>(gradient), Planes(gradient));
+      backward(sources, shape, radius, data<T>(gradient), Planes(gradient));
     });
   });
   return gradient;

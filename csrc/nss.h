@@ -89,7 +89,8 @@ struct Window {
 // The operators, as kdops/nss/spec.py declares them; each device implements them.
 std::tuple<Tensor, Tensor> mscn(const Tensor& image, int64_t window, double sigma, double c, bool replicate);
 Tensor mscn_backward(const std::optional<Tensor>& grad_normalised, const std::optional<Tensor>& grad_std,
-                     const Tensor& image, int64_t window, double sigma, double c, bool replicate);
+                     const Tensor& image, const Tensor& normalised, const Tensor& std, int64_t window, double sigma,
+                     double c, bool replicate);
 
 inline void implement_nss(torch::stable::detail::StableLibrary& library) {
   library.impl("mscn", TORCH_BOX(&mscn));
@@ -101,12 +102,23 @@ inline Tensor empty_map(const Tensor& image) {
   return torch::stable::new_empty(image, {image.size(0), image.size(1), image.size(2), image.size(3)});
 }
 
+inline bool fits(const Tensor& t, const Tensor& image) {
+  bool same = t.dim() == 4 && t.scalar_type() == image.scalar_type();
+  for (int64_t axis = 0; same && axis < 4; ++axis) same = t.size(axis) == image.size(axis);
+  return same;
+}
+
 // Throws unless an upstream gradient fits the image.
 inline void check_upstream(const std::optional<Tensor>& grad, const Tensor& image) {
-  if (!grad) return;
-  bool same = grad->dim() == 4 && grad->scalar_type() == image.scalar_type();
-  for (int64_t axis = 0; same && axis < 4; ++axis) same = grad->size(axis) == image.size(axis);
-  STD_TORCH_CHECK(same, "kdops: a gradient has not the shape and dtype of the image.");
+  STD_TORCH_CHECK(!grad || fits(*grad, image), "kdops: a gradient has not the shape and dtype of the image.");
+}
+
+// Throws unless these can be what forward made of the image.
+inline void check_results(const Tensor& normalised, const Tensor& std, const Tensor& image) {
+  STD_TORCH_CHECK(fits(normalised, image) && fits(std, image),
+                  "kdops: normalised or std has not the shape and dtype of the image.");
+  STD_TORCH_CHECK(normalised.is_contiguous() && std.is_contiguous(),
+                  "kdops: normalised and std must be contiguous, as forward makes them.");
 }
 
 }  // namespace kdops

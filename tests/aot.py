@@ -137,10 +137,11 @@ def nss(everything: bool) -> Calls:
 
     def calls(image: Tensor, window: int, replicate: bool) -> Calls:
         options = (window, window / 6, 1.0, replicate)
-        grad = empty(*image.shape, dtype=image.dtype)
+        grad = empty(*image.shape)
         yield lambda: ops.mscn(image, *options)
-        yield lambda: ops.mscn_backward(grad, grad, image, *options)
-        yield lambda: ops.mscn_backward(grad, None, image, *options)
+        if image.dtype == torch.float32:  # others are converted before
+            yield lambda: ops.mscn_backward(grad, grad, image, grad, grad, *options)
+            yield lambda: ops.mscn_backward(grad, None, image, grad, grad, *options)
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16) if everything else (torch.float32, torch.bfloat16):
         for replicate in (False, True):

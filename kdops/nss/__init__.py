@@ -31,7 +31,8 @@ def mscn(
 
     g is a Gaussian of window x window pixels whose weights sum to 1. The variance is formed without its difference of large numbers:
     it is never negative, and as exact on an image around 255 as on one around 0. Where the image is constant, normalised is exactly 0,
-    local_std 1e-4, and the gradient finite. Time O(B C H W window), memory: nothing but the image is kept for backward.
+    local_std 1e-4, and the gradient finite. Time O(B C H W window), memory: the image and both results are kept for backward (only the
+    image if it has 16 bits: backward then runs forward again, in float32).
 
     Args:
         image: (B, C, H, W), float32, bfloat16 or float16 (float64 on the CPU and reference backends), any strides; channels are

@@ -28,6 +28,8 @@ def _fake_backward(
     grad_normalised: Tensor | None,
     grad_std: Tensor | None,
     image: Tensor,
+    normalised: Tensor,
+    std: Tensor,
     window: int,
     sigma: float,
     c: float,
@@ -38,21 +40,35 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     image, *ctx.options = inputs
-    ctx.save_for_backward(image)  # and nothing else: its statistics are made again
+    # The results say what the windows' statistics are, unless they are rounded to 16 bits.
+    precise = image.dtype == registration.accumulator(image)
+    ctx.save_for_backward(image, *(output if precise else ()))
     ctx.set_materialize_grads(False)
 
 
 def _backward(op: registration.Op) -> Callable[..., Any]:
+    forward = registration.op(NAME, "_triton" if op == registration.op(f"{NAME}_backward", "_triton") else "")
+
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
-        return op(*grads, *ctx.saved_tensors, *ctx.options), None, None, None, None
+        image, *results = ctx.saved_tensors
+        if not results:
+            wide = image.float()
+            results = forward(wide, *ctx.options)
+            upstream = (grad if grad is None else grad.float() for grad in grads)
+            return op(*upstream, wide, *results, *ctx.options).to(image.dtype), None, None, None, None
+        return op(*grads, image, *results, *ctx.options), None, None, None, None
 
     return backward
 
 
-_INPUTS = "Tensor image, int window, float sigma, float c, bool replicate"
-registration.define(NAME, f"({_INPUTS}) -> (Tensor, Tensor)", _fake_mscn, TRITON)
+_OPTIONS = "int window, float sigma, float c, bool replicate"
+_RESULTS = "Tensor normalised, Tensor std"
+registration.define(NAME, f"(Tensor image, {_OPTIONS}) -> (Tensor, Tensor)", _fake_mscn, TRITON)
 registration.define(
-    f"{NAME}_backward", f"(Tensor? grad_normalised, Tensor? grad_std, {_INPUTS}) -> Tensor", _fake_backward, TRITON
+    f"{NAME}_backward",
+    f"(Tensor? grad_normalised, Tensor? grad_std, Tensor image, {_RESULTS}, {_OPTIONS}) -> Tensor",
+    _fake_backward,
+    TRITON,
 )
 registration.differentiate(NAME, _setup_context, _backward, NO_DOUBLE_BACKWARD)
 
@@ -68,8 +84,8 @@ def _bytes(image: Tensor, *, backward: bool = False, **kwargs: Any) -> int:
 
 
 def _flops(image: Tensor, *, window: int = 7, backward: bool = False, **kwargs: Any) -> int:
-    # Per tap: a mean (3 of a row, 4 of a column) and a variance (5 and 6); the way back 7 of a column and 5 of a row.
-    return image.numel() * window * (18 + (18 + 12) * (backward and image.requires_grad))
+    # Per tap: a mean (3 of a row, 4 of a column) and a variance (5 and 6); the way back 8 of a column and 5 of a row.
+    return image.numel() * window * (18 + 13 * (backward and image.requires_grad))
 
 
 def _scratch_bytes(image: Tensor, **kwargs: Any) -> int:

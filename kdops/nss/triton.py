@@ -3,8 +3,10 @@
 """The locally normalised image as Triton kernels: one launch along the rows, one along the columns, each way.
 
 Values are taken relative to the centre of the window, and the variance is the mean square of what the mean leaves: no difference of large
-numbers. Backward makes what each window passes on, then gathers for each pixel from the windows that cover it: no atomics.
+numbers. Backward takes the statistics from forward's results, and gathers for each pixel from the windows that cover it: no atomics.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +19,7 @@ from .reference import TINY
 ROWS = 8  # of a tile, from one plane of the image or several
 COLUMNS = 64
 TAPS = tl.constexpr(32)  # the widest window has 31
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 @triton.jit
@@ -87,11 +90,8 @@ def _statistics(
     tables,  # (2, TAPS)
     offsets,  # (B, C, H, W) float32: of rows, where this goes along columns, else None
     variances,
-    grad_normalised,  # (B, C, H, W) or None; only backward
-    grad_std,
-    first,  # of rows: offsets; forward: normalised; backward: the gradient of a window's mean
-    second,  # of rows: variances; forward: local_std; backward: twice the gradient of a window's variance
-    means,  # None, or, backward, the mean of a window relative to its pixel
+    first,  # of rows: offsets; of columns: normalised
+    second,  # of rows: variances; of columns: local_std
     C,
     H,
     W,
@@ -132,33 +132,89 @@ def _statistics(
         tiles.store(second + at, variance, inside)
     else:
         std = tl.sqrt(variance + tiny)
-        normalised = -mean / (std + c)
-        if means is None:
-            tiles.store(first + at, normalised, inside)
-            tiles.store(second + at, std, inside)
-        else:
-            to_mean = tl.zeros((ROWS, COLUMNS), tl.float32)
-            if grad_normalised is not None:
-                to_mean -= tiles.load(grad_normalised + at, inside) / (std + c)
-            to_variance = to_mean * normalised
-            if grad_std is not None:
-                to_variance += tiles.load(grad_std + at, inside)
-            tiles.store(first + at, to_mean, inside)
-            tiles.store(second + at, to_variance / std, inside)
-            tiles.store(means + at, mean, inside)
+        tiles.store(first + at, -mean / (std + c), inside)
+        tiles.store(second + at, std, inside)
+
+
+@triton.jit
+def _slopes(at, exists, normalised, std, grad_normalised, grad_std, c):
+    """What windows pass on: a, negated, to the mean, and b, twice, to the variance; d is the pixel less the mean."""
+    n = tiles.load(normalised + at, exists)
+    s = tl.where(exists, tiles.load(std + at, exists), 1.0)
+    a = tl.zeros(n.shape, tl.float32)
+    b = a
+    if grad_normalised is not None:
+        a = tiles.load(grad_normalised + at, exists) / (s + c)
+    if grad_std is not None:
+        b = tiles.load(grad_std + at, exists)
+    # Where std overflows normalised is 0, and infinity times that would be NaN.
+    return a, (b - a * n) / s, n * tl.minimum(s + c, LARGEST)
+
+
+@triton.jit
+def _covering(tables, i, position, last, WINDOW: tl.constexpr, REPLICATE: tl.constexpr, TAPS: tl.constexpr):
+    """The weight of a pixel in the i-th window that covers it: the border pixels stand for the padding as well."""
+    weight = tl.load(tables + i) + tl.zeros(position.shape, tl.float32)
+    if REPLICATE:
+        weight += tl.where(position == 0, tl.load(tables + TAPS + WINDOW - 1 - i), 0.0)
+        weight += tl.where(position == last, tl.load(tables + TAPS + i), 0.0)
+    return weight
 
 
 @triton.jit(do_not_specialize=["C", "H", "W", "rows"])
-def _gather(
+def _gather_columns(
     image,  # (B, C, H, W), any strides
     tables,  # (2, TAPS)
-    offsets,  # (B, C, H, W) float32: of rows, where this goes along columns, else None
-    means,  # of the windows: those of columns, or of rows
-    to_mean,  # the gradients of their means
-    to_variance,  # and twice those of their variances
-    direct,  # None, or what a pixel receives besides, negated: to_mean of columns
-    first,  # of columns: the gradients of the means of rows, contiguous; of rows: that of the image, any strides
-    second,  # of columns: twice the gradients of the variances of rows; of rows: None
+    normalised,  # (B, C, H, W), as all that follow
+    std,
+    grad_normalised,  # or None
+    grad_std,
+    sums,  # float32: what a pixel receives from the windows of its column
+    spreads,  # and what one beside it receives more, for each unit that it exceeds the pixel
+    direct,  # what a pixel receives besides
+    C,
+    H,
+    W,
+    rows,
+    c: tl.float32,
+    stride_b: tl.int64,
+    stride_c: tl.int64,
+    stride_y: tl.int64,
+    stride_x: tl.int64,
+    WINDOW: tl.constexpr,
+    REPLICATE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TAPS: tl.constexpr,
+):
+    row, x = _tile(W, ROWS, COLUMNS)
+    y = row % H
+    inside = (row < rows) & (x < W)
+    pixels = image + row // H // C * stride_b + row // H % C * stride_c + x * stride_x
+    value = tiles.load(pixels + y * stride_y, inside)
+    sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    spread = sum
+    for i in range(WINDOW):
+        qy, exists = _padded(y + i - WINDOW // 2, H, inside, False)
+        a, b, d = _slopes((row - y + qy) * W + x, exists, normalised, std, grad_normalised, grad_std, c)
+        weight = _covering(tables, i, y, H - 1, WINDOW, REPLICATE, TAPS)
+        sum += weight * (b * ((value - tiles.load(pixels + qy * stride_y, exists)) + d) - a)
+        spread += weight * b
+    at = row * W + x
+    a, b, d = _slopes(at, inside, normalised, std, grad_normalised, grad_std, c)
+    tiles.store(sums + at, sum, inside)
+    tiles.store(spreads + at, spread, inside)
+    tiles.store(direct + at, a, inside)
+
+
+@triton.jit(do_not_specialize=["C", "H", "W", "rows"])
+def _gather_rows(
+    image,  # (B, C, H, W), any strides
+    tables,  # (2, TAPS)
+    sums,  # of columns
+    spreads,
+    direct,
+    gradient,  # of the image, any strides
     C,
     H,
     W,
@@ -177,45 +233,21 @@ def _gather(
     COLUMNS: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """What each value v receives from the windows q that cover it: sum of weight (to_variance_q (v - mean_q) + to_mean_q)."""
     row, x = _tile(W, ROWS, COLUMNS)
     y = row % H
     plane = row // H
     inside = (row < rows) & (x < W)
-    pixels = image + plane // C * stride_b + plane % C * stride_c
-    value = tiles.load(pixels + y * stride_y + x * stride_x, inside)
-    sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-    spread = tl.zeros((ROWS, COLUMNS), tl.float32)
-    own = 0.0
-    if offsets is not None:
-        own = tiles.load(offsets + row * W + x, inside)
+    pixels = image + plane // C * stride_b + plane % C * stride_c + y * stride_y
+    value = tiles.load(pixels + x * stride_x, inside)
+    result = tiles.load(direct + row * W + x, inside)
     for i in range(WINDOW):
-        if offsets is not None:
-            qy, exists = _padded(y + i - WINDOW // 2, H, inside, False)
-            at = (row - y + qy) * W + x
-            centre = tiles.load(pixels + qy * stride_y + x * stride_x, exists)
-            position = y
-            last = H - 1
-        else:
-            qx, exists = _padded(x + i - WINDOW // 2, W, inside, False)
-            at = row * W + qx
-            centre = tiles.load(pixels + y * stride_y + qx * stride_x, exists)
-            position = x
-            last = W - 1
-        weight = tl.load(tables + i) + tl.zeros(position.shape, tl.float32)
-        if REPLICATE:  # the border pixels stand for the padding as well
-            weight += tl.where(position == 0, tl.load(tables + TAPS + WINDOW - 1 - i), 0.0)
-            weight += tl.where(position == last, tl.load(tables + TAPS + i), 0.0)
-        slope = tiles.load(to_variance + at, exists)
-        deviation = ((value - centre) + own) - tiles.load(means + at, exists)
-        sums += weight * (slope * deviation + tiles.load(to_mean + at, exists))
-        spread += weight * slope
-    if direct is not None:
-        sums -= tiles.load(direct + row * W + x, inside)
+        qx, exists = _padded(x + i - WINDOW // 2, W, inside, False)
+        at = row * W + qx
+        weight = _covering(tables, i, x, W - 1, WINDOW, REPLICATE, TAPS)
+        beyond = value - tiles.load(pixels + qx * stride_x, exists)
+        result += weight * (tiles.load(sums + at, exists) + tiles.load(spreads + at, exists) * beyond)
     at = plane // C * gradient_b + plane % C * gradient_c + y * gradient_y + x * gradient_x
-    tiles.store(first + at, sums, inside)
-    if second is not None:
-        tiles.store(second + at, spread, inside)
+    tiles.store(gradient + at, result, inside)
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------------------
@@ -226,7 +258,9 @@ def mscn(image: Tensor, window: int, sigma: float, c: float, replicate: bool) ->
     normalised, std = (image.new_empty(image.shape) for _ in range(2))
     if image.numel():
         call = _Call(image, window, sigma, c, replicate)
-        call.statistics(call.row_statistics(), None, None, (normalised, std, None))
+        of_rows = call.maps(2)
+        call.statistics((None, None), of_rows)
+        call.statistics(of_rows, (normalised, std))
     return normalised, std
 
 
@@ -234,23 +268,19 @@ def mscn_backward(
     grad_normalised: Tensor | None,
     grad_std: Tensor | None,
     image: Tensor,
+    normalised: Tensor,
+    std: Tensor,
     window: int,
     sigma: float,
     c: float,
     replicate: bool,
 ) -> Tensor:
-    """The gradient of the image, from that of either result or of both."""
+    """The gradient of the image, from that of either result or of both, and the results; all in float32."""
     gradient = torch.empty_like(image)
     if image.numel():
         call = _Call(image, window, sigma, c, replicate)
-        of_rows = call.row_statistics()
-        to_mean, to_variance, means = kept = call.maps(3)
         upstream = [None if grad is None else grad.contiguous() for grad in (grad_normalised, grad_std)]
-        call.statistics(of_rows, upstream[0], upstream[1], kept)
-        offsets, _ = of_rows
-        to_rows = call.maps(2)
-        call.gather(offsets, means, (to_mean, to_variance), None, to_rows)
-        call.gather(None, offsets, to_rows, to_mean, (gradient, None))
+        call.gather((normalised, std, *upstream), gradient)
     return gradient
 
 
@@ -269,25 +299,11 @@ class _Call:
     def maps(self, count: int) -> tuple[Tensor, ...]:
         return self.image.new_empty((count, *self.image.shape), dtype=torch.float32).unbind()
 
-    def row_statistics(self) -> tuple[Tensor, ...]:
-        """The mean of each pixel's window along its row, relative to the pixel, and the variance."""
-        offsets, variances = self.maps(2)
-        self.statistics((None, None), None, None, (offsets, variances, None))
-        return offsets, variances
-
-    def statistics(
-        self,
-        of_rows: tuple[Tensor | None, ...],
-        grad_normalised: Tensor | None,
-        grad_std: Tensor | None,
-        results: tuple[Tensor | None, ...],
-    ) -> None:
+    def statistics(self, of_rows: tuple[Tensor | None, ...], results: tuple[Tensor, ...]) -> None:
         _statistics[self.grid](
             self.image,
             self.tables,
             *of_rows,
-            grad_normalised,
-            grad_std,
             *results,
             *self.sizes,
             self.c,
@@ -301,31 +317,22 @@ class _Call:
             **tiles.OPTIONS,
         )
 
-    def gather(
-        self,
-        offsets: Tensor | None,
-        means: Tensor,
-        slopes: tuple[Tensor, ...],
-        direct: Tensor | None,
-        results: tuple[Tensor | None, ...],
-    ) -> None:
-        assert results[0] is not None
-        _gather[self.grid](
+    def gather(self, windows: tuple[Tensor | None, ...], gradient: Tensor) -> None:
+        of_columns = self.maps(3)
+        options = (self.window, self.replicate, ROWS, COLUMNS, TAPS)
+        launch: dict[str, Any] = {"num_warps": 4, **tiles.OPTIONS}
+        strides = self.image.stride()
+        _gather_columns[self.grid](
+            self.image, self.tables, *windows, *of_columns, *self.sizes, self.c, *strides, *options, **launch
+        )
+        _gather_rows[self.grid](
             self.image,
             self.tables,
-            offsets,
-            means,
-            *slopes,
-            direct,
-            *results,
+            *of_columns,
+            gradient,
             *self.sizes,
-            *self.image.stride(),
-            *results[0].stride(),
-            self.window,
-            self.replicate,
-            ROWS,
-            COLUMNS,
-            TAPS,
-            num_warps=4,
-            **tiles.OPTIONS,
+            *strides,
+            *gradient.stride(),
+            *options,
+            **launch,
         )

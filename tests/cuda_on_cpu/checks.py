@@ -92,6 +92,9 @@ def nss() -> dict[str, float]:
     found["mscn, one gradient"] = error(
         lambda x, backend: kdops.mscn(x, backend=backend)[0], [torch.rand(1, 1, 40, 66)]
     )
+    found["mscn, the same gradient everywhere"] = error(
+        lambda x, backend: kdops.mscn(x, backend=backend)[1].sum(), [torch.rand(1, 2, 40, 64)]
+    )
     found["mscn, bfloat16"] = error(kdops.mscn, [torch.rand(1, 1, 40, 66).bfloat16()])
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,33 @@ def test_a_nearly_constant_image_around_255_keeps_its_digits(backend: str) -> No
 
     assert error(published(image, 7, 7 / 6, 1.0, "replicate")) > 1
     assert error(kdops.mscn(image, padding="replicate", backend=backend)) < (1e-5 if backend == "cpu" else 5e-2)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "replicate"])
+@pytest.mark.parametrize("window", [7, 31])
+def test_gradients_keep_their_digits_between_edges(window: int, padding: str) -> None:
+    """Nearly constant blocks of 0 and 255, whose windows' gradients are 1000 times those of the edges beside them."""
+    blocks = (noise(1, 1, 9, 17, seed=3) > 128).double().repeat_interleave(8, -2).repeat_interleave(8, -1)
+    image = (255 * blocks + noise(1, 1, 72, 136, scale=1e-3)).float()
+    upstream = [noise(*image.shape, seed=seed, scale=2.0) - 1 for seed in (1, 2)]
+
+    def gradient(image: Tensor, backend: str) -> Tensor:
+        image = image.requires_grad_()
+        outs = kdops.mscn(image, window=window, sigma=window / 6, padding=padding, backend=backend)
+        return torch.autograd.grad(outs, image, [u.to(image) for u in upstream])[0]
+
+    exact = gradient(image.double(), "reference")
+    assert float((gradient(image, "cpu") - exact).abs().max() / exact.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda t: t[..., :-1], lambda t: t.double(), lambda t: t.mT], ids=["shape", "dtype", "strides"]
+)
+def test_backward_takes_the_results_of_forward(wrong: Callable[[Tensor], Tensor]) -> None:
+    image = torch.rand(1, 1, 6, 6)
+    normalised, std = kdops.mscn(image, backend="cpu")
+    with pytest.raises(RuntimeError, match="normalised"):
+        torch.ops.kdops.mscn_backward(std, None, image, wrong(normalised), std, 7, 7 / 6, 1.0, False)
 
 
 @every_backend
