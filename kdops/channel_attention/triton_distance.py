@@ -83,13 +83,14 @@ def _compare(
     tiles.store(parts + program * 2 + 1, square, True)
 
 
-@triton.jit(do_not_specialize=["count", "bound", "heads", "chunks", "R", "C"])
+@triton.jit(do_not_specialize=["elements", "count", "bound", "heads", "chunks", "R", "C"])
 def _settle(
     parts,  # (B, count, 2)
     residual,  # (heads, chunks, R * C + R) float32: of samples that are close, residual value^T and the residual's squares
     of_attention,
-    distances,  # (B,) float32
+    distances,  # (B,)
     close,  # (B,) int32
+    elements,  # what distances are divided by
     count,
     bound,
     heads,
@@ -122,7 +123,7 @@ def _settle(
                     of_rows = residual + (head * chunks + chunk) * width + R * C + r
                     square += tiles.load(of_rows, r < R).to(tl.float64)
             distance = tl.sum(square)
-        tiles.store(distances + sample, distance, True)
+        tiles.store(distances + sample, (distance / elements).to(tl.float32), True)
         tiles.store(close + sample, direct, True)
 
 
@@ -198,16 +199,19 @@ def _by_rows(columns: int) -> dict[str, int]:
     return {"ROWS": ROWS, "COLUMNS": width, "DEPTH": DEPTH, "num_warps": 4 if width <= 128 else 8}
 
 
-def _launch_settle(parts: Tensor, residual: Tensor, of_attention: Tensor) -> tuple[Tensor, Tensor]:
-    """-> distance (B,), and which samples are close (B,) int32; of those `of_attention` is written again."""
+def _launch_settle(
+    parts: Tensor, residual: Tensor, of_attention: Tensor, elements: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """-> distance (B,) in `dtype`, and which samples are close (B,) int32; of those `of_attention` is written again."""
     batch, heads, r, c = of_attention.shape
-    distances, close = of_attention.new_empty(batch), of_attention.new_empty(batch, dtype=torch.int32)
+    distances, close = (of_attention.new_empty(batch, dtype=d) for d in (dtype, torch.int32))
     _settle[(batch * heads * triton.cdiv(r * c, 1024),)](
         parts,
         residual,
         of_attention,
         distances,
         close,
+        elements,
         parts.shape[1],
         CLOSE,
         heads,
@@ -225,18 +229,22 @@ def _launch_settle(parts: Tensor, residual: Tensor, of_attention: Tensor) -> tup
 
 
 def channel_attention_distance(
-    query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int
+    query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> distance (B,), attention and residual value^T (B, heads, Cq / heads, Ck / heads), and which samples are close (B,) int32."""
     shape = shape_of(query, key, heads)
     if query.shape[0] == 0:
         nothing = query.new_empty(shape, dtype=torch.float32)
-        return query.new_empty(0, dtype=torch.float32), nothing, nothing.clone(), query.new_empty(0, dtype=torch.int32)
+        return query.new_empty(0), nothing, nothing.clone(), query.new_empty(0, dtype=torch.int32)
     grams = launch_grams(query, key, heads, value, target)
     attention, of_attention, parts = _launch_compare(grams, shape, factor_of(query, scale))
     residual = launch_residual_sums(attention, key if value is None else value, target, parts)
-    distance, close = _launch_settle(parts, residual, of_attention)
+    distance, close = _launch_settle(parts, residual, of_attention, _elements(target, mean), query.dtype)
     return distance, attention, of_attention, close
+
+
+def _elements(target: Tensor, mean: bool) -> int:
+    return target.shape[1:].numel() if mean else 1
 
 
 def channel_attention_distance_backward(
@@ -250,6 +258,7 @@ def channel_attention_distance_backward(
     target: Tensor,
     scale: float | None,
     heads: int,
+    mean: bool,
     need_query: bool,
     need_key: bool,
     need_value: bool,
@@ -262,7 +271,7 @@ def channel_attention_distance_backward(
         for t, need in ((query, need_query), (key, need_key), (v, need_value), (target, need_target))
     )
     if query.shape[0] > 0:
-        grad = grad if grad.stride(0) == 1 else grad.clone()  # it may be expanded
+        gain = 2 / _elements(target, mean)
         by_value = need_value or (need_key and value is None)
         # The gradient of a student that is key and value, by the logits and as the value, has one factor for a target that is the query.
         together = need_key and value is None and same(query, target)
@@ -270,19 +279,19 @@ def channel_attention_distance_backward(
             attention, of_attention, factor_of(query, scale), need_query or need_key, together, by_value
         )
         if need_query:
-            launch_mix(of_query.columns, [(of_logits, key)], factor=grad, gain=2)
+            launch_mix(of_query.columns, [(of_logits, key)], factor=grad, gain=gain)
         if need_key and value is not None:
-            launch_mix(of_key.columns, [(of_logits.mT, query)], factor=grad, gain=2)
+            launch_mix(of_key.columns, [(of_logits.mT, query)], factor=grad, gain=gain)
         if by_value:
             term = None if value is not None else (of_logits.mT, query)
             terms = [(square, v), (less.mT if together else -attention.mT, target)]
             if term is not None and not together:
                 terms.append(term)
             out = (of_key if value is None else of_value).columns
-            launch_mix(out, terms, factor=grad, gain=2, direct=close)
-            launch_residual_mix(out, term, attention, v, target, close, grad)
+            launch_mix(out, terms, factor=grad, gain=gain, direct=close)
+            launch_residual_mix(out, term, attention, v, target, close, grad, gain)
         if need_target:
-            launch_mix(of_target.columns, [(attention, v)], minus=target, factor=grad, gain=-2)
+            launch_mix(of_target.columns, [(attention, v)], minus=target, factor=grad, gain=-gain)
     return of_query.finish(), of_key.finish(), of_value.finish(), of_target.finish()
 
 

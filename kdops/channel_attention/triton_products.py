@@ -120,7 +120,7 @@ def _add_product(
     return sums
 
 
-@triton.jit(do_not_specialize=["gain", "heads", "chunks"])
+@triton.jit(do_not_specialize=["factor_stride", "gain", "heads", "chunks"])
 def _mix(
     out,
     first_matrix,
@@ -130,7 +130,8 @@ def _mix(
     third_matrix,
     third_map,
     minus,  # a map, or None
-    factor,  # (B,) float32, or None
+    factor,  # (B,), or None
+    factor_stride: tl.int64,  # 0 where the factor is expanded
     gain,
     direct,  # (B,) int32: the samples to leave out, or None
     heads,
@@ -157,7 +158,7 @@ def _mix(
         if tl.load(direct + head // heads) != 0:
             return
     if factor is not None:
-        gain *= tl.load(factor + head // heads)
+        gain *= tiles.load(factor + head // heads * factor_stride, True)
     one, two, three = None, None, None
     if WHOLE:
         k = tl.arange(0, DEPTH)
@@ -312,6 +313,7 @@ def launch_mix(
         *[None] * (6 - len(pairs)),
         None if minus is None else features(minus),
         factor,
+        0 if factor is None else factor.stride(0),
         gain,
         direct,
         heads,

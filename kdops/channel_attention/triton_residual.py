@@ -81,7 +81,7 @@ def _residual_sums(
     tiles.store(at + R * C + i, square, i < R)  # by every block of columns, the same
 
 
-@triton.jit(do_not_specialize=["gain", "heads", "workers", "R", "C"])
+@triton.jit(do_not_specialize=["factor_stride", "gain", "heads", "workers", "R", "C"])
 def _residual_mix(
     out,
     matrix,  # of a first term, or None
@@ -90,7 +90,8 @@ def _residual_mix(
     value,
     target,
     direct,  # (B,) int32: which samples
-    factor,  # (B,) float32
+    factor,  # (B,)
+    factor_stride: tl.int64,
     gain,
     heads,
     workers,
@@ -123,7 +124,7 @@ def _residual_mix(
             residual = _residual(attention, value, target, head, heads, n, i, R, POSITIONS, PRECISION)
             weights = tl.trans(tile_of(attention, head, 1, j, i, R))
             sums += tiles.dot(residual, weights, PRECISION)
-        sums *= gain * tl.load(factor + head // heads)
+        sums *= gain * tiles.load(factor + head // heads * factor_stride, True)
         store_tile(out, sums, head, heads, n, j, C)
 
 
@@ -165,6 +166,7 @@ def launch_residual_mix(
     target: Tensor,
     direct: Tensor,
     factor: Tensor,
+    gain: float,
 ) -> None:
     batch, heads, r, c = attention.shape
     to = features(out)
@@ -179,7 +181,8 @@ def launch_residual_mix(
         features(target),
         direct,
         factor,
-        2.0,
+        factor.stride(0),
+        gain,
         heads,
         workers,
         r,

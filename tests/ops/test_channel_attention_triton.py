@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -124,11 +127,11 @@ def test_only_close_samples_take_the_direct_form(monkeypatch: pytest.MonkeyPatch
     exact = kdops.channel_attention_distance(
         *(t.double() for t in (*maps, target)), backend="reference", statistic="sum"
     )
-    distance, _, _, close = kernels.channel_attention_distance(*maps, target, None, 1)
+    distance, _, _, close = kernels.channel_attention_distance(*maps, target, None, 1, False)
     assert close.tolist() == [0, 1, 0]
     torch.testing.assert_close(distance.double(), exact, rtol=1e-3, atol=0)
     monkeypatch.setattr(kernels, "CLOSE", -1.0)
-    distance, _, _, close = kernels.channel_attention_distance(*maps, target, None, 1)
+    distance, _, _, close = kernels.channel_attention_distance(*maps, target, None, 1, False)
     assert not close.any()
     torch.testing.assert_close(distance[::2].double(), exact[::2], rtol=1e-5, atol=0)
     assert abs(float(distance[1]) - float(exact[1])) > 1e-2 * float(exact[1])
@@ -171,6 +174,45 @@ def test_channels_last_is_read_without_a_copy(distance: bool, monkeypatch: pytes
         moved = results(last, "triton", torch.float32, distance)
     for mine, first in zip(moved, plain, strict=True):
         torch.testing.assert_close(mine, first)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run beneath it; on a GPU nearly each of torch's is a launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_runs_no_operator_of_torch() -> None:
+    """Mean, casts and the gradients that statistics do not have: all within the kernels."""
+    teacher, student = (drawn(2, 4, 30, seed=i).bfloat16() for i in range(2))
+    student.requires_grad_()
+    upstream = drawn(2, seed=2).bfloat16()
+    with Operators() as ran:
+        distance = kdops.channel_attention_distance(teacher, student, student, teacher, backend="triton")
+        torch.autograd.grad(distance, student, upstream)
+    op = "kdops::channel_attention_distance"
+    assert ran.names == [f"{op}_triton", f"{op}_backward_triton"]
+
+
+@pytest.mark.parametrize("difference", [1.0, 1e-2])
+@pytest.mark.parametrize("statistic", ["mean", "sum"])
+def test_an_expanded_gradient(difference: float, statistic: str) -> None:
+    """That of a mean over the batch is one number for all samples, far or close."""
+    maps = [drawn(3, 8, 50, seed=i) for i in range(3)]
+    given = [t.float().requires_grad_() for t in (*maps, near(maps, difference))]
+    distance = kdops.channel_attention_distance(*given, statistic=statistic, backend="triton")
+    one = torch.tensor(0.7, device=DEVICE)
+    expanded, dense = (
+        torch.autograd.grad(distance, given, upstream, retain_graph=True) for upstream in (one.expand(3), one.repeat(3))
+    )
+    for mine, same in zip(expanded, dense, strict=True):
+        assert torch.equal(mine, same)
 
 
 def test_forward_keeps_only_small_matrices() -> None:
