@@ -147,9 +147,11 @@ def _mix(
     """out = gain * factor * (the sum of matrix times map - minus).
 
     One program: a block of channels of one head at a chunk of the positions, its matrices held on chip all the while.
+
+    Everything goes from the end to the beginning: `_grams` has mostly just read these maps, and what it read last is still in the L2 cache.
     """
     # Blocks of channels vary fastest: programs that run together read the same positions.
-    program = tl.program_id(0).to(tl.int64)
+    program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     blocks = tl.cdiv(R, BLOCK)
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)
     chunk = program // blocks % chunks
@@ -170,7 +172,7 @@ def _mix(
             three = _matrix_tile(third_matrix, head, k, i, R, DTYPE)
     steps = tl.cdiv(tl.cdiv(out.positions, POSITIONS), chunks)
     for step in tl.range(0, steps, num_stages=STAGES):
-        n = (chunk * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
+        n = ((chunk + 1) * steps - 1 - step) * POSITIONS + tl.arange(0, POSITIONS)
         sums = tl.zeros((POSITIONS, BLOCK), tl.float32)
         sums = _add_product(sums, first_matrix, one, first_map, head, heads, n, i, R, WHOLE, DEPTH, STAGES, PRECISION)
         sums = _add_product(sums, second_matrix, two, second_map, head, heads, n, i, R, WHOLE, DEPTH, STAGES, PRECISION)
