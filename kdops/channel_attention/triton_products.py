@@ -244,7 +244,7 @@ class Grams(NamedTuple):
     sums: Tensor  # (B * heads, chunks, width) float32, sums over a chunk of the positions each
     values: int  # value value^T, (Cy, Cy)
     squares: int  # of the target's channels, (Cx)
-    cross: int  # target value^T, (Cx, Cy); 0 where the target is x and the value is y
+    cross: int | None  # target value^T, (Cx, Cy); None where the target is x and the value is y
 
 
 def launch_grams(x: Tensor, y: Tensor, heads: int, value: Tensor | None = None, target: Tensor | None = None) -> Grams:
@@ -277,7 +277,7 @@ def launch_grams(x: Tensor, y: Tensor, heads: int, value: Tensor | None = None, 
         num_warps=tile.warps,
         **tiles.OPTIONS,
     )
-    return Grams(sums, values, squares, 0 if alike else end)
+    return Grams(sums, values, squares, None if alike else end)
 
 
 def _padded(matrix: Tensor, dtype: torch.dtype, depth: int) -> Tensor:
