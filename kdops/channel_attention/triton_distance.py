@@ -16,7 +16,7 @@ from .. import tiles
 from ..layout import GradientColumns
 from .triton import factor_of, shape_of
 from .triton_products import Grams, launch_grams, launch_mix, same
-from .triton_residual import CLOSE, distance_of, launch_residual_mix, launch_residual_sums
+from .triton_residual import launch_residual_mix, launch_residual_sums, new_counters
 
 ROWS = 16  # of a C x C matrix that a program works on
 # Chunks of up to so many channels that every block of rows sums for itself: it reads at most 640 KiB from the L2 cache, in 6 us, as long as
@@ -57,12 +57,14 @@ def _add_square_product(
     return sums
 
 
-@triton.jit(do_not_specialize=["scale", "chunks"])
+@triton.jit(do_not_specialize=["counted", "scale", "chunks"])
 def _compare(
     sums,  # (heads, chunks, width) float32: the Grams
     attention,  # (heads, R, C)
     of_attention,  # (heads, R, C): residual value^T
     parts,  # (heads, blocks, 2) float64: what a block of rows adds to the distance and to the target's square
+    counters,  # int32, of the kernel that settles the distances
+    counted,  # how many
     scale,
     chunks,  # None: one
     width,
@@ -74,9 +76,13 @@ def _compare(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    ZEROS: tl.constexpr,
 ):
     """The attention, by a softmax of scaled Grams, and with it the distance and its gradient, a block of rows of one head."""
     program = tl.program_id(0).to(tl.int64)
+    for first in range(program * ZEROS, counted, tl.num_programs(0) * ZEROS):
+        c = first + tl.arange(0, ZEROS)
+        tiles.store(counters + c, tl.zeros((ZEROS,), tl.int32), c < counted)
     blocks = tl.cdiv(R, ROWS)
     head = program // blocks
     r = program % blocks * ROWS + tl.arange(0, ROWS)
@@ -101,50 +107,6 @@ def _compare(
     distance = square + tl.sum(tl.where(inside, differences, 0.0))
     tiles.store(parts + program * 2, distance, True)
     tiles.store(parts + program * 2 + 1, square, True)
-
-
-@triton.jit(do_not_specialize=["elements", "count", "bound", "heads", "chunks", "R", "C"])
-def _settle(
-    parts,  # (B, count, 2)
-    residual,  # (heads, chunks, R * C + R) float32: of samples that are close, residual value^T and the residual's squares
-    of_attention,
-    distances,  # (B,)
-    close,  # (B,) int32
-    elements,  # what distances are divided by
-    count,
-    bound,
-    heads,
-    chunks,
-    R,
-    C,
-    COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The distances; and for close samples the direct form instead. One program: a block of numbers of one head's matrix."""
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(R * C, BLOCK)
-    head = program // blocks
-    block = program % blocks
-    sample = head // heads
-    distance, direct = distance_of(parts, sample, count, bound, COUNT)
-    width = R * C + R
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    if direct:
-        sums = tl.zeros((BLOCK,), tl.float32)
-        for chunk in range(chunks):
-            sums += tiles.load(residual + (head * chunks + chunk) * width + at, at < R * C)
-        tiles.store(of_attention + head * R * C + at, sums, at < R * C)
-    if program % (heads * blocks) == 0:
-        if direct:
-            square = tl.zeros((BLOCK,), tl.float64)
-            for chunk in range(heads * chunks):
-                for first in range(0, R, BLOCK):
-                    r = first + tl.arange(0, BLOCK)
-                    of_rows = residual + (head * chunks + chunk) * width + R * C + r
-                    square += tiles.load(of_rows, r < R).to(tl.float64)
-            distance = tl.sum(square)
-        tiles.store(distances + sample, (distance / elements).to(tl.float32), True)
-        tiles.store(close + sample, direct, True)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -190,8 +152,10 @@ def _slopes(
 # --- launches ---------------------------------------------------------------------------------------------------------------------
 
 
-def _launch_compare(grams: Grams, shape: tuple[int, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """-> attention, residual value^T, and what blocks of rows add to distance and square, (B, blocks, 2) float64."""
+def _launch_compare(
+    grams: Grams, shape: tuple[int, ...], scale: float, counters: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> attention, residual value^T, and what blocks of rows add to distance and square, (B, blocks, 2) float64; `counters` become 0."""
     batch, heads, r, c = shape
     sums, chunks = grams.sums, grams.sums.shape[1]
     if chunks > 1 and (chunks > FEW_CHUNKS or max(r, c) > FEW_CHANNELS):
@@ -208,6 +172,8 @@ def _launch_compare(grams: Grams, shape: tuple[int, ...], scale: float) -> tuple
         attention,
         of_attention,
         parts,
+        counters,
+        counters.numel(),
         scale,
         chunks if chunks > 1 else None,
         sums.shape[-1],
@@ -215,6 +181,7 @@ def _launch_compare(grams: Grams, shape: tuple[int, ...], scale: float) -> tuple
         c,
         *grams[1:],
         **launch,
+        ZEROS=128,
         **tiles.OPTIONS,
     )
     return attention, of_attention, parts
@@ -223,32 +190,6 @@ def _launch_compare(grams: Grams, shape: tuple[int, ...], scale: float) -> tuple
 def _by_rows(columns: int) -> dict[str, int]:
     width = max(16, triton.next_power_of_2(columns))
     return {"ROWS": ROWS, "COLUMNS": width, "DEPTH": DEPTH, "num_warps": 4 if width <= 128 else 8}
-
-
-def _launch_settle(
-    parts: Tensor, residual: Tensor, of_attention: Tensor, elements: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """-> distance (B,) in `dtype`, and which samples are close (B,) int32; of those `of_attention` is written again."""
-    batch, heads, r, c = of_attention.shape
-    distances, close = (of_attention.new_empty(batch, dtype=d) for d in (dtype, torch.int32))
-    _settle[(batch * heads * triton.cdiv(r * c, 1024),)](
-        parts,
-        residual,
-        of_attention,
-        distances,
-        close,
-        elements,
-        parts.shape[1],
-        CLOSE,
-        heads,
-        residual.shape[1],
-        r,
-        c,
-        triton.next_power_of_2(parts.shape[1]),
-        1024,
-        **tiles.OPTIONS,
-    )
-    return distances, close
 
 
 # --- operators --------------------------------------------------------------------------------------------------------------------
@@ -263,9 +204,10 @@ def channel_attention_distance(
         nothing = query.new_empty(shape, dtype=torch.float32)
         return query.new_empty(0), nothing, nothing.clone(), query.new_empty(0, dtype=torch.int32)
     grams = launch_grams(query, key, heads, value, target)
-    attention, of_attention, parts = _launch_compare(grams, shape, factor_of(query, scale))
-    residual = launch_residual_sums(attention, key if value is None else value, target, parts)
-    distance, close = _launch_settle(parts, residual, of_attention, _elements(target, mean), query.dtype)
+    counters = new_counters(grams.sums, shape)
+    attention, of_attention, parts = _launch_compare(grams, shape, factor_of(query, scale), counters)
+    v = key if value is None else value
+    distance, close = launch_residual_sums(attention, of_attention, v, target, parts, counters, _elements(target, mean))
     return distance, attention, of_attention, close
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 import kdops
 from kdops import tiles
 from kdops.channel_attention import triton_distance as kernels
+from kdops.channel_attention import triton_residual
 from tests.contract import RecordOps, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -132,7 +134,7 @@ def test_only_close_samples_take_the_direct_form(monkeypatch: pytest.MonkeyPatch
     distance, _, _, close = kernels.channel_attention_distance(*maps, target, None, 1, False)
     assert close.tolist() == [0, 1, 0]
     torch.testing.assert_close(distance.double(), exact, rtol=1e-3, atol=0)
-    monkeypatch.setattr(kernels, "CLOSE", -1.0)
+    monkeypatch.setattr(triton_residual, "CLOSE", -1.0)
     distance, _, _, close = kernels.channel_attention_distance(*maps, target, None, 1, False)
     assert not close.any()
     torch.testing.assert_close(distance[::2].double(), exact[::2], rtol=1e-5, atol=0)
@@ -152,16 +154,43 @@ def test_gradients_of_close_and_far_samples_in_one_batch() -> None:
             assert relative_error(m[sample], truth[sample]) < (5e-3 if sample == 1 else 1e-5)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_close_samples_are_settled_by_their_last_programs(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Close samples beside far ones, of several tiles, chunks and heads: as exact as eager torch, and the same bits again."""
+    monkeypatch.setattr(tiles, "SHORTEST_CHUNK", 32)
+    maps = [drawn(5, c, 90, seed=i) for i, c in enumerate((70, 40, 40))]
+    out = kdops.channel_attention(*maps, heads=heads, backend="reference")
+    scale = torch.tensor([1e-3, 1.0, 1e-2, 1e-4, 1.0], dtype=out.dtype, device=DEVICE)[:, None, None]
+    rounded = [t.float() for t in (*maps, out * (1 + scale * drawn(*out.shape, seed=7)))]
+    *_, close = kernels.channel_attention_distance(*rounded, None, heads, True)
+    assert close.tolist() == [1, 0, 1, 1, 0]
+    mine = results(rounded, "triton", torch.float32, True, heads)
+    eager = results(rounded, "reference", torch.float32, True, heads)
+    exact = results(rounded, "reference", torch.float64, True, heads)
+    for one, other, truth in zip(mine, eager, exact, strict=True):
+        for sample in range(5):
+            allowed = 3 * relative_error(other[sample], truth[sample]) + 32 * EPS[torch.float32]
+            assert relative_error(one[sample], truth[sample]) <= allowed
+    for one, again in zip(mine, results(rounded, "triton", torch.float32, True, heads), strict=True):
+        assert torch.equal(one, again)
+
+
 def test_the_residual_is_not_formed_for_far_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the direct kernels leave behind is not used: garbage there changes nothing."""
     maps = [drawn(2, 6, 40, seed=i).float() for i in range(4)]
     before = results(maps, "triton", torch.float32, True)
-    form = kernels.launch_residual_sums
+    form = triton_residual._residual_sums
 
-    def spoilt(*args: object, **kwargs: object) -> Tensor:
-        return torch.full_like(form(*args, **kwargs), float("nan"))  # type: ignore[arg-type]  # passed through
+    class Spoilt:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                sums = args[7].fill_(float("nan"))
+                form[grid](*args, **kwargs)
+                assert sums.isnan().all()
 
-    monkeypatch.setattr(kernels, "launch_residual_sums", spoilt)
+            return launch
+
+    monkeypatch.setattr(triton_residual, "_residual_sums", Spoilt())
     for mine, first in zip(results(maps, "triton", torch.float32, True), before, strict=True):
         assert torch.equal(mine, first)
 
