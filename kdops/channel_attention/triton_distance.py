@@ -30,13 +30,13 @@ DEPTH = 16
 
 
 @triton.jit
-def _over_chunks(matrix, at, inside, chunks, width):
-    """Numbers `at` of a matrix, or of so many `width` apart their sum, in order. Eight loads are under way at a time."""
+def _over_chunks(matrix, at, inside, chunks, width, AHEAD: tl.constexpr):
+    """Numbers `at` of a matrix, or of so many `width` apart their sum, in order; AHEAD loads are under way at a time."""
     if chunks is None:
         sums = tiles.load(matrix + at, inside)
     else:
         sums = tl.zeros(at.shape, tl.float32)
-        for _ in tl.range(0, chunks, loop_unroll_factor=8):
+        for _ in tl.range(0, chunks, loop_unroll_factor=AHEAD):
             sums += tiles.load(matrix + at, inside)
             matrix += width
     return sums
@@ -52,7 +52,7 @@ def _add_square_product(
         a = tl.load(
             left + r[:, None] * left_row + k[None, :] * left_column, mask=(r < R)[:, None] & (k < K)[None, :], other=0.0
         )
-        b = _over_chunks(right, k[:, None] * C + j, (k < K)[:, None] & (j < C), chunks, width)
+        b = _over_chunks(right, k[:, None] * C + j, (k < K)[:, None] & (j < C), chunks, width, 4)
         sums += tiles.dot(a, b)
     return sums
 
@@ -80,9 +80,6 @@ def _compare(
 ):
     """The attention, by a softmax of scaled Grams, and with it the distance and its gradient, a block of rows of one head."""
     program = tl.program_id(0).to(tl.int64)
-    for first in range(program * ZEROS, counted, tl.num_programs(0) * ZEROS):
-        c = first + tl.arange(0, ZEROS)
-        tiles.store(counters + c, tl.zeros((ZEROS,), tl.int32), c < counted)
     blocks = tl.cdiv(R, ROWS)
     head = program // blocks
     r = program % blocks * ROWS + tl.arange(0, ROWS)
@@ -90,9 +87,9 @@ def _compare(
     inside = (r < R)[:, None] & (j < C)
     at = r[:, None] * C + j
     grams = sums + head * (width if chunks is None else chunks * width)
-    products = _over_chunks(grams, at, inside, chunks, width)
-    cross = products if CROSS is None else _over_chunks(grams + CROSS, at, inside, chunks, width)
-    square = tl.sum(_over_chunks(grams + SQUARES, r, r < R, chunks, width).to(tl.float64))
+    products = _over_chunks(grams, at, inside, chunks, width, 8)
+    cross = products if CROSS is None else _over_chunks(grams + CROSS, at, inside, chunks, width, 8)
+    square = tl.sum(_over_chunks(grams + SQUARES, r, r < R, chunks, width, 8).to(tl.float64))
     logits = tl.where(j < C, products * scale, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
     weights /= tl.sum(weights, 1)[:, None]
@@ -107,6 +104,9 @@ def _compare(
     distance = square + tl.sum(tl.where(inside, differences, 0.0))
     tiles.store(parts + program * 2, distance, True)
     tiles.store(parts + program * 2 + 1, square, True)
+    for first in range(program * ZEROS, counted, tl.num_programs(0) * ZEROS):
+        c = first + tl.arange(0, ZEROS)
+        tiles.store(counters + c, tl.zeros((ZEROS,), tl.int32), c < counted)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -163,8 +163,8 @@ def _launch_compare(
     attention = sums.new_empty(shape)
     of_attention = torch.empty_like(attention)
     launch = _by_rows(c)
-    if c <= FEW_CHANNELS:
-        launch["DEPTH"] = launch["COLUMNS"]  # one step, whose loads are under way together
+    if c <= FEW_CHANNELS:  # few steps, with many loads under way
+        launch |= {"DEPTH": min(32, launch["COLUMNS"]), "num_warps": 8 if c > 32 else 4}
     blocks = triton.cdiv(r, ROWS)
     parts = sums.new_empty((batch, heads * blocks, 2), dtype=torch.float64)
     _compare[(batch * heads * blocks,)](
