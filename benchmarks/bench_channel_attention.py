@@ -25,7 +25,7 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def eager_distance(query: Tensor, key: Tensor, value: Tensor, target: Tensor) -> Tensor:
-    return reference.channel_attention_distance(query, key, value, target, None, 1) / target[0].numel()
+    return reference.channel_attention_distance(query, key, value, target, None, 1, mean=True)
 
 
 EAGER = {"channel_attention": eager_attention, "channel_attention_distance": eager_distance}

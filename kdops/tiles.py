@@ -92,6 +92,16 @@ def store(pointers, values, mask):
 
 
 @triton.jit
+def arrive(counter, count):
+    """Whether this program is the last of `count` to arrive at an int32 counter that was 0 before the launch.
+
+    The last one sees what the others stored before they arrived, if it loads that past the cache of its multiprocessor (".cg").
+    """
+    tl.debug_barrier()  # one thread arrives for all threads of the program
+    return tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
+
+
+@triton.jit
 def dot(a, b, precision: tl.constexpr = IEEE):
     """a (M, K) times b (K, N) -> (M, N) float32. `precision` is that of float32 operands: "ieee", "tf32x3" or "tf32"."""
     if INTERPRETING:

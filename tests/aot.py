@@ -155,13 +155,17 @@ def channel_attention(everything: bool) -> Calls:
 
     def calls(c: int, dtype: torch.dtype) -> Calls:
         """In both forms of distillation: the teacher queries and is the target, or all inputs are different and trained."""
-        x, y, other, target = (empty(16, c, 64, 64, dtype=dtype) for _ in range(4))
-        attention, grad, close = empty(16, 1, c, c), empty(16), empty(16, dtype=torch.int32)
+        x, y, other, target = (empty(16, c, 128, 128, dtype=dtype) for _ in range(4))
+        attention, grad, close = empty(16, 1, c, c), empty(16, dtype=dtype), empty(16, dtype=torch.int32)
         forms = ((None, x, (False, True, False, False)), (other, target, (True,) * 4))
         for value, wanted, needed in forms if everything else forms[:1]:
-            yield lambda value=value, wanted=wanted: distances.channel_attention_distance(x, y, value, wanted, None, 1)
+            yield lambda value=value, wanted=wanted: distances.channel_attention_distance(
+                x, y, value, wanted, None, 1, True
+            )
+            one_chunk = [t if t is None else t[..., :32, :32] for t in (x, y, value, wanted)]
+            yield lambda maps=one_chunk: distances.channel_attention_distance(*maps, None, 1, True)
             yield lambda value=value, wanted=wanted, needed=needed: distances.channel_attention_distance_backward(
-                grad, attention, attention, close, x, y, value, wanted, None, 1, *needed
+                grad, attention, attention, close, x, y, value, wanted, None, 1, True, *needed
             )
             yield lambda value=value: ops.channel_attention(x, y, value, None, 1)
             yield lambda value=value, needed=needed: ops.channel_attention_backward(

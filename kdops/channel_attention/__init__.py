@@ -97,10 +97,8 @@ def channel_attention_distance(
     shared = value is key
     query, key, value, target = checks.for_distance(query, key, value, target)
     run = dispatch.implementation(op, (query, key, value, target), backend)
-    distance: Tensor = run(query, key, None if shared else value, target, scale, heads)
-    if statistic == "mean":
-        distance = distance / target.shape[1:].numel()
-    return distance.to(query.dtype)
+    distance: Tensor = run(query, key, None if shared else value, target, scale, heads, statistic == "mean")
+    return distance
 
 
 def _check_shapes(op: str, query: Tensor, key: Tensor, value: Tensor, heads: int) -> None:

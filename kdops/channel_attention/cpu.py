@@ -59,14 +59,16 @@ def channel_attention_backward(
 
 
 def channel_attention_distance(
-    query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int
+    query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> distance (B,), attention (B, heads, Cq / heads, Ck / heads); the rest is for the Triton kernels."""
     attention = _attention(query, key, scale, heads)
     value = key if value is None else value
     distance = op("channel_residual")(attention, value.flatten(2), target.flatten(2))
+    if mean:
+        distance = distance / target.shape[1:].numel()
     return (
-        distance.to(attention.dtype),
+        distance.to(query.dtype),
         attention,
         torch.zeros_like(attention),
         distance.new_ones(distance.shape, dtype=torch.int32),
@@ -84,6 +86,7 @@ def channel_attention_distance_backward(
     target: Tensor,
     scale: float | None,
     heads: int,
+    mean: bool,
     need_query: bool,
     need_key: bool,
     need_value: bool,
@@ -94,7 +97,7 @@ def channel_attention_distance_backward(
     of_query, of_key = GradientColumns(query, need_query), GradientColumns(key, need_key)
     of_value, of_target = GradientColumns(value, need_value), GradientColumns(target, need_target)
     as_value = of_key if shared else of_value
-    slope = 2 * grad  # of the square
+    slope = grad.to(attention.dtype) * (2 / target.shape[1:].numel() if mean else 2)  # of the square
     by_sample = slope[:, None, None, None]
     of_attention = op("channel_residual_backward")(
         attention,

@@ -15,10 +15,11 @@ def channel_attention(query: Tensor, key: Tensor, value: Tensor | None, scale: f
 
 
 def channel_attention_distance(
-    query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int
+    query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int, mean: bool
 ) -> Tensor:
-    """As above, target (B, Cq, *S) -> (B,): sum over a sample of (attention - target)^2."""
-    return (channel_attention(query, key, value, scale, heads) - target).flatten(1).square().sum(dim=1)
+    """As above, target (B, Cq, *S) -> (B,): mean or sum over a sample of (attention - target)^2."""
+    distance = (channel_attention(query, key, value, scale, heads) - target).flatten(1).square().sum(dim=1)
+    return distance / target.shape[1:].numel() if mean else distance
 
 
 def _by_heads(maps: Tensor, heads: int) -> Tensor:

@@ -36,58 +36,67 @@ def _fake_forward(
 
 
 def _fake_distance(
-    query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int
+    query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     attention = _fake_attention(query, key, heads)
     close = attention.new_empty(query.shape[0], dtype=torch.int32)
-    return attention.new_empty(query.shape[0]), attention, torch.empty_like(attention), close
+    return query.new_empty(query.shape[0]), attention, torch.empty_like(attention), close
 
 
-def _fake_backward(grad: Tensor, *args: Any, inputs: int) -> tuple[Tensor, ...]:
-    """args: statistics, `inputs` inputs (the value may be None), scale, heads, and one `need` for each input."""
-    maps, needs = args[-2 * inputs - 2 : -inputs - 2], args[-inputs:]
+def _fake_backward(grad: Tensor, *args: Any, statistics: int, inputs: int) -> tuple[Tensor, ...]:
+    """args: `statistics` tensors, `inputs` inputs (the value may be None), options, and one `need` for each input."""
+    maps, needs = args[statistics : statistics + inputs], args[-inputs:]
     return tuple(
         torch.empty_like(t) if needed else grad.new_empty(0, dtype=maps[0].dtype)
         for t, needed in zip(maps, needs, strict=True)
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *maps, ctx.scale, ctx.heads = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], maps: int) -> None:
+    ctx.options = inputs[maps:]
     statistics = output[1:]
     ctx.mark_non_differentiable(*statistics)
-    ctx.save_for_backward(*statistics, *maps)
+    ctx.set_materialize_grads(False)  # else every backward pass would launch a fill for each of the statistics
+    ctx.save_for_backward(*statistics, *inputs[:maps])
 
 
 def _backward(op: registration.Op) -> Callable[..., Any]:
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[:-2]  # the last two are scale and heads
-        gradients = op(grad, *ctx.saved_tensors, ctx.scale, ctx.heads, *needs)
-        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None, None
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:  # nothing depends on the result
+            return (None,) * len(ctx.needs_input_grad)
+        needs = ctx.needs_input_grad[: -len(ctx.options)]
+        gradients = op(grad, *ctx.saved_tensors, *ctx.options, *needs)
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), *[None] * len(ctx.options)
 
     return backward
 
 
-def _declare(name: str, fake: Callable[..., Any], maps: tuple[str, ...], statistics: tuple[str, ...]) -> None:
-    inputs = ", ".join("Tensor? value" if m == "value" else f"Tensor {m}" for m in maps) + ", float? scale, int heads"
+def _declare(
+    name: str, fake: Callable[..., Any], maps: tuple[str, ...], options: str, statistics: tuple[str, ...]
+) -> None:
+    inputs = ", ".join("Tensor? value" if m == "value" else f"Tensor {m}" for m in maps) + f", {options}"
     results = ", ".join("Tensor" for _ in ("result", *statistics))
     registration.define(name, f"({inputs}) -> ({results})", fake, TRITON[name], CPU)
     saved = ", ".join(f"Tensor {s}" for s in statistics)
     needs = ", ".join(f"bool need_{m}" for m in maps)
     gradients = ", ".join("Tensor" for _ in maps)
     schema = f"(Tensor grad, {saved}, {inputs}, {needs}) -> ({gradients})"
-    registration.define(f"{name}_backward", schema, partial(_fake_backward, inputs=len(maps)), TRITON[name], CPU)
-    registration.differentiate(name, _setup_context, _backward, NO_DOUBLE_BACKWARD)
+    fake_backward = partial(_fake_backward, statistics=len(statistics), inputs=len(maps))
+    registration.define(f"{name}_backward", schema, fake_backward, TRITON[name], CPU)
+    registration.differentiate(name, partial(_setup_context, maps=len(maps)), _backward, NO_DOUBLE_BACKWARD)
 
 
-_declare("channel_attention", _fake_forward, ("query", "key", "value"), ("attention",))
+_declare(
+    "channel_attention", _fake_forward, ("query", "key", "value"), "float? scale, int heads", statistics=("attention",)
+)
 # With the residual R = attention @ value - target: of_attention is R value^T, and `close` marks the samples whose R is so small beside the
 # target that R value^T is to be formed again (kdops/channel_attention/triton.py says why).
 _declare(
     "channel_attention_distance",
     _fake_distance,
     ("query", "key", "value", "target"),
-    ("attention", "of_attention", "close"),
+    "float? scale, int heads, bool mean",
+    statistics=("attention", "of_attention", "close"),
 )
 
 

@@ -16,9 +16,12 @@ from .. import tiles
 from ..layout import GradientColumns
 from .triton import factor_of, shape_of
 from .triton_products import Grams, launch_grams, launch_mix, same
-from .triton_residual import CLOSE, distance_of, launch_residual_mix, launch_residual_sums
+from .triton_residual import launch_residual_mix, launch_residual_sums, new_counters
 
 ROWS = 16  # of a C x C matrix that a program works on
+# Chunks of up to so many channels that every block of rows sums for itself: it reads at most 640 KiB from the L2 cache, in 6 us, as long as
+# a launch that sums them and the gap before it. With more channels registers spill, and each block would read more, and more often.
+FEW_CHUNKS, FEW_CHANNELS = 32, 64
 DEPTH = 16
 
 # --- C x C matrices ---------------------------------------------------------------------------------------------------------------
@@ -27,34 +30,53 @@ DEPTH = 16
 
 
 @triton.jit
-def _add_square_product(sums, left, left_row, left_column, right, r, j, R, K, C, DEPTH: tl.constexpr):
-    """sums (r, j) + left (R, K), whose strides are given, times right (K, C), in full float32."""
+def _over_chunks(matrix, at, inside, chunks, width, AHEAD: tl.constexpr):
+    """Numbers `at` of a matrix, or of so many `width` apart their sum, in order; AHEAD loads are under way at a time."""
+    if chunks is None:
+        sums = tiles.load(matrix + at, inside)
+    else:
+        sums = tl.zeros(at.shape, tl.float32)
+        for _ in tl.range(0, chunks, loop_unroll_factor=AHEAD):
+            sums += tiles.load(matrix + at, inside)
+            matrix += width
+    return sums
+
+
+@triton.jit
+def _add_square_product(
+    sums, left, left_row, left_column, right, chunks, width, r, j, R, K, C, DEPTH: tl.constexpr
+):  # fmt: skip
+    """sums (r, j) + left (R, K), whose strides are given, times right (K, C) in so many chunks, in full float32."""
     for first in range(0, K, DEPTH):
         k = first + tl.arange(0, DEPTH)
         a = tl.load(
             left + r[:, None] * left_row + k[None, :] * left_column, mask=(r < R)[:, None] & (k < K)[None, :], other=0.0
         )
-        b = tl.load(right + k[:, None] * C + j, mask=(k < K)[:, None] & (j < C), other=0.0)
+        b = _over_chunks(right, k[:, None] * C + j, (k < K)[:, None] & (j < C), chunks, width, 4)
         sums += tiles.dot(a, b)
     return sums
 
 
-@triton.jit(do_not_specialize=["scale", "R", "C", "VALUES", "SQUARES", "CROSS", "width"])
+@triton.jit(do_not_specialize=["counted", "scale", "chunks"])
 def _compare(
-    sums,  # (heads, width) float32: the Grams
+    sums,  # (heads, chunks, width) float32: the Grams
     attention,  # (heads, R, C)
     of_attention,  # (heads, R, C): residual value^T
     parts,  # (heads, blocks, 2) float64: what a block of rows adds to the distance and to the target's square
+    counters,  # int32, of the kernel that settles the distances
+    counted,  # how many
     scale,
+    chunks,  # None: one
     width,
     R,
     C,
     VALUES,
     SQUARES,
-    CROSS,
+    CROSS,  # None: the Gram of the logits
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    ZEROS: tl.constexpr,
 ):
     """The attention, by a softmax of scaled Grams, and with it the distance and its gradient, a block of rows of one head."""
     program = tl.program_id(0).to(tl.int64)
@@ -64,69 +86,30 @@ def _compare(
     j = tl.arange(0, COLUMNS)[None, :]
     inside = (r < R)[:, None] & (j < C)
     at = r[:, None] * C + j
-    grams = sums + head * width
-    logits = tl.where(j < C, tiles.load(grams + at, inside) * scale, float("-inf"))
+    grams = sums + head * (width if chunks is None else chunks * width)
+    products = _over_chunks(grams, at, inside, chunks, width, 8)
+    cross = products if CROSS is None else _over_chunks(grams + CROSS, at, inside, chunks, width, 8)
+    square = tl.sum(_over_chunks(grams + SQUARES, r, r < R, chunks, width, 8).to(tl.float64))
+    logits = tl.where(j < C, products * scale, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
     weights /= tl.sum(weights, 1)[:, None]
     own = attention + head * R * C
     tiles.store(own + at, weights, inside)
     tl.debug_barrier()  # the product reads rows that other threads have written
     of_values = tl.zeros((ROWS, COLUMNS), tl.float32)
-    of_values = _add_square_product(of_values, own, C, 1, grams + VALUES, r, j, R, C, C, DEPTH)
-    cross = tiles.load(grams + CROSS + at, inside)
+    of_values = _add_square_product(of_values, own, C, 1, grams + VALUES, chunks, width, r, j, R, C, C, DEPTH)
     slopes = of_values - cross
     tiles.store(of_attention + head * R * C + at, slopes, inside)
-    square = tl.sum(tiles.load(grams + SQUARES + r, r < R).to(tl.float64))
-    products = weights.to(tl.float64) * (slopes.to(tl.float64) - cross.to(tl.float64))
-    distance = square + tl.sum(tl.where(inside, products, 0.0))
+    differences = weights.to(tl.float64) * (slopes.to(tl.float64) - cross.to(tl.float64))
+    distance = square + tl.sum(tl.where(inside, differences, 0.0))
     tiles.store(parts + program * 2, distance, True)
     tiles.store(parts + program * 2 + 1, square, True)
+    for first in range(program * ZEROS, counted, tl.num_programs(0) * ZEROS):
+        c = first + tl.arange(0, ZEROS)
+        tiles.store(counters + c, tl.zeros((ZEROS,), tl.int32), c < counted)
 
 
-@triton.jit(do_not_specialize=["count", "bound", "heads", "chunks", "R", "C"])
-def _settle(
-    parts,  # (B, count, 2)
-    residual,  # (heads, chunks, R * C + R) float32: of samples that are close, residual value^T and the residual's squares
-    of_attention,
-    distances,  # (B,) float32
-    close,  # (B,) int32
-    count,
-    bound,
-    heads,
-    chunks,
-    R,
-    C,
-    COUNT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The distances; and for close samples the direct form instead. One program: a block of numbers of one head's matrix."""
-    program = tl.program_id(0).to(tl.int64)
-    blocks = tl.cdiv(R * C, BLOCK)
-    head = program // blocks
-    block = program % blocks
-    sample = head // heads
-    distance, direct = distance_of(parts, sample, count, bound, COUNT)
-    width = R * C + R
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    if direct:
-        sums = tl.zeros((BLOCK,), tl.float32)
-        for chunk in range(chunks):
-            sums += tiles.load(residual + (head * chunks + chunk) * width + at, at < R * C)
-        tiles.store(of_attention + head * R * C + at, sums, at < R * C)
-    if program % (heads * blocks) == 0:
-        if direct:
-            square = tl.zeros((BLOCK,), tl.float64)
-            for chunk in range(heads * chunks):
-                for first in range(0, R, BLOCK):
-                    r = first + tl.arange(0, BLOCK)
-                    of_rows = residual + (head * chunks + chunk) * width + R * C + r
-                    square += tiles.load(of_rows, r < R).to(tl.float64)
-            distance = tl.sum(square)
-        tiles.store(distances + sample, distance, True)
-        tiles.store(close + sample, direct, True)
-
-
-@triton.jit(do_not_specialize=["scale", "R", "C"])
+@triton.jit(do_not_specialize=["scale"])
 def _slopes(
     attention,  # (heads, R, C)
     of_attention,
@@ -162,19 +145,26 @@ def _slopes(
     elif square is not None:
         r = (block - of_slopes) * ROWS + tl.arange(0, ROWS)
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-        sums = _add_square_product(sums, own, 1, C, own, r, j, C, R, C, DEPTH)
+        sums = _add_square_product(sums, own, 1, C, own, None, None, r, j, C, R, C, DEPTH)
         tiles.store(square + head * C * C + r[:, None] * C + j, sums, (r < C)[:, None] & (j < C))
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------------------
 
 
-def _launch_compare(grams: Grams, shape: tuple[int, ...], scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """-> attention, residual value^T, and what blocks of rows add to distance and square, (B, blocks, 2) float64."""
+def _launch_compare(
+    grams: Grams, shape: tuple[int, ...], scale: float, counters: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> attention, residual value^T, and what blocks of rows add to distance and square, (B, blocks, 2) float64; `counters` become 0."""
     batch, heads, r, c = shape
-    sums = grams.sums.sum(1)
+    sums, chunks = grams.sums, grams.sums.shape[1]
+    if chunks > 1 and (chunks > FEW_CHUNKS or max(r, c) > FEW_CHANNELS):
+        sums, chunks = sums.sum(1), 1
     attention = sums.new_empty(shape)
     of_attention = torch.empty_like(attention)
+    launch = _by_rows(c)
+    if c <= FEW_CHANNELS:  # few steps, with many loads under way
+        launch |= {"DEPTH": min(32, launch["COLUMNS"]), "num_warps": 8 if c > 32 else 4}
     blocks = triton.cdiv(r, ROWS)
     parts = sums.new_empty((batch, heads * blocks, 2), dtype=torch.float64)
     _compare[(batch * heads * blocks,)](
@@ -182,12 +172,16 @@ def _launch_compare(grams: Grams, shape: tuple[int, ...], scale: float) -> tuple
         attention,
         of_attention,
         parts,
+        counters,
+        counters.numel(),
         scale,
-        sums.shape[1],
+        chunks if chunks > 1 else None,
+        sums.shape[-1],
         r,
         c,
         *grams[1:],
-        **_by_rows(c),
+        **launch,
+        ZEROS=128,
         **tiles.OPTIONS,
     )
     return attention, of_attention, parts
@@ -198,45 +192,27 @@ def _by_rows(columns: int) -> dict[str, int]:
     return {"ROWS": ROWS, "COLUMNS": width, "DEPTH": DEPTH, "num_warps": 4 if width <= 128 else 8}
 
 
-def _launch_settle(parts: Tensor, residual: Tensor, of_attention: Tensor) -> tuple[Tensor, Tensor]:
-    """-> distance (B,), and which samples are close (B,) int32; of those `of_attention` is written again."""
-    batch, heads, r, c = of_attention.shape
-    distances, close = of_attention.new_empty(batch), of_attention.new_empty(batch, dtype=torch.int32)
-    _settle[(batch * heads * triton.cdiv(r * c, 1024),)](
-        parts,
-        residual,
-        of_attention,
-        distances,
-        close,
-        parts.shape[1],
-        CLOSE,
-        heads,
-        residual.shape[1],
-        r,
-        c,
-        triton.next_power_of_2(parts.shape[1]),
-        1024,
-        **tiles.OPTIONS,
-    )
-    return distances, close
-
-
 # --- operators --------------------------------------------------------------------------------------------------------------------
 
 
 def channel_attention_distance(
-    query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int
+    query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> distance (B,), attention and residual value^T (B, heads, Cq / heads, Ck / heads), and which samples are close (B,) int32."""
     shape = shape_of(query, key, heads)
     if query.shape[0] == 0:
         nothing = query.new_empty(shape, dtype=torch.float32)
-        return query.new_empty(0, dtype=torch.float32), nothing, nothing.clone(), query.new_empty(0, dtype=torch.int32)
+        return query.new_empty(0), nothing, nothing.clone(), query.new_empty(0, dtype=torch.int32)
     grams = launch_grams(query, key, heads, value, target)
-    attention, of_attention, parts = _launch_compare(grams, shape, factor_of(query, scale))
-    residual = launch_residual_sums(attention, key if value is None else value, target, parts)
-    distance, close = _launch_settle(parts, residual, of_attention)
+    counters = new_counters(grams.sums, shape)
+    attention, of_attention, parts = _launch_compare(grams, shape, factor_of(query, scale), counters)
+    v = key if value is None else value
+    distance, close = launch_residual_sums(attention, of_attention, v, target, parts, counters, _elements(target, mean))
     return distance, attention, of_attention, close
+
+
+def _elements(target: Tensor, mean: bool) -> int:
+    return target.shape[1:].numel() if mean else 1
 
 
 def channel_attention_distance_backward(
@@ -250,6 +226,7 @@ def channel_attention_distance_backward(
     target: Tensor,
     scale: float | None,
     heads: int,
+    mean: bool,
     need_query: bool,
     need_key: bool,
     need_value: bool,
@@ -262,7 +239,7 @@ def channel_attention_distance_backward(
         for t, need in ((query, need_query), (key, need_key), (v, need_value), (target, need_target))
     )
     if query.shape[0] > 0:
-        grad = grad if grad.stride(0) == 1 else grad.clone()  # it may be expanded
+        gain = 2 / _elements(target, mean)
         by_value = need_value or (need_key and value is None)
         # The gradient of a student that is key and value, by the logits and as the value, has one factor for a target that is the query.
         together = need_key and value is None and same(query, target)
@@ -270,19 +247,19 @@ def channel_attention_distance_backward(
             attention, of_attention, factor_of(query, scale), need_query or need_key, together, by_value
         )
         if need_query:
-            launch_mix(of_query.columns, [(of_logits, key)], factor=grad, gain=2)
+            launch_mix(of_query.columns, [(of_logits, key)], factor=grad, gain=gain)
         if need_key and value is not None:
-            launch_mix(of_key.columns, [(of_logits.mT, query)], factor=grad, gain=2)
+            launch_mix(of_key.columns, [(of_logits.mT, query)], factor=grad, gain=gain)
         if by_value:
             term = None if value is not None else (of_logits.mT, query)
             terms = [(square, v), (less.mT if together else -attention.mT, target)]
             if term is not None and not together:
                 terms.append(term)
             out = (of_key if value is None else of_value).columns
-            launch_mix(out, terms, factor=grad, gain=2, direct=close)
-            launch_residual_mix(out, term, attention, v, target, close, grad)
+            launch_mix(out, terms, factor=grad, gain=gain, direct=close)
+            launch_residual_mix(out, term, attention, v, target, close, grad, gain)
         if need_target:
-            launch_mix(of_target.columns, [(attention, v)], minus=target, factor=grad, gain=-2)
+            launch_mix(of_target.columns, [(attention, v)], minus=target, factor=grad, gain=-gain)
     return of_query.finish(), of_key.finish(), of_value.finish(), of_target.finish()
 
 

@@ -120,7 +120,7 @@ def _add_product(
     return sums
 
 
-@triton.jit(do_not_specialize=["gain", "heads", "chunks"])
+@triton.jit(do_not_specialize=["factor_stride", "gain", "heads", "chunks"])
 def _mix(
     out,
     first_matrix,
@@ -130,7 +130,8 @@ def _mix(
     third_matrix,
     third_map,
     minus,  # a map, or None
-    factor,  # (B,) float32, or None
+    factor,  # (B,), or None
+    factor_stride: tl.int64,  # 0 where the factor is expanded
     gain,
     direct,  # (B,) int32: the samples to leave out, or None
     heads,
@@ -146,9 +147,11 @@ def _mix(
     """out = gain * factor * (the sum of matrix times map - minus).
 
     One program: a block of channels of one head at a chunk of the positions, its matrices held on chip all the while.
+
+    Everything goes from the end to the beginning: `_grams` has mostly just read these maps, and what it read last is still in the L2 cache.
     """
     # Blocks of channels vary fastest: programs that run together read the same positions.
-    program = tl.program_id(0).to(tl.int64)
+    program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     blocks = tl.cdiv(R, BLOCK)
     i = program % blocks * BLOCK + tl.arange(0, BLOCK)
     chunk = program // blocks % chunks
@@ -157,7 +160,7 @@ def _mix(
         if tl.load(direct + head // heads) != 0:
             return
     if factor is not None:
-        gain *= tl.load(factor + head // heads)
+        gain *= tiles.load(factor + head // heads * factor_stride, True)
     one, two, three = None, None, None
     if WHOLE:
         k = tl.arange(0, DEPTH)
@@ -169,7 +172,7 @@ def _mix(
             three = _matrix_tile(third_matrix, head, k, i, R, DTYPE)
     steps = tl.cdiv(tl.cdiv(out.positions, POSITIONS), chunks)
     for step in tl.range(0, steps, num_stages=STAGES):
-        n = (chunk * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
+        n = ((chunk + 1) * steps - 1 - step) * POSITIONS + tl.arange(0, POSITIONS)
         sums = tl.zeros((POSITIONS, BLOCK), tl.float32)
         sums = _add_product(sums, first_matrix, one, first_map, head, heads, n, i, R, WHOLE, DEPTH, STAGES, PRECISION)
         sums = _add_product(sums, second_matrix, two, second_map, head, heads, n, i, R, WHOLE, DEPTH, STAGES, PRECISION)
@@ -247,7 +250,7 @@ class Grams(NamedTuple):
     sums: Tensor  # (B * heads, chunks, width) float32, sums over a chunk of the positions each
     values: int  # value value^T, (Cy, Cy)
     squares: int  # of the target's channels, (Cx)
-    cross: int  # target value^T, (Cx, Cy); 0 where the target is x and the value is y
+    cross: int | None  # target value^T, (Cx, Cy); None where the target is x and the value is y
 
 
 def launch_grams(x: Tensor, y: Tensor, heads: int, value: Tensor | None = None, target: Tensor | None = None) -> Grams:
@@ -280,7 +283,7 @@ def launch_grams(x: Tensor, y: Tensor, heads: int, value: Tensor | None = None, 
         num_warps=tile.warps,
         **tiles.OPTIONS,
     )
-    return Grams(sums, values, squares, 0 if alike else end)
+    return Grams(sums, values, squares, None if alike else end)
 
 
 def _padded(matrix: Tensor, dtype: torch.dtype, depth: int) -> Tensor:
@@ -318,6 +321,7 @@ def launch_mix(
         *[None] * (6 - len(pairs)),
         None if minus is None else features(minus),
         factor,
+        0 if factor is None else factor.stride(0),
         gain,
         direct,
         heads,

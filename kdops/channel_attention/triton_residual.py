@@ -2,6 +2,7 @@
 # (The arguments of a kernel have types of Triton, which Python's annotations cannot say.)
 """The residual of channel attention, formed tile by tile: for samples so close to their target that Grams would cancel."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,13 +41,45 @@ def _residual(attention, value, target, head, heads, n, i, R, DEPTH: tl.constexp
     return tl.where((n < target.positions)[:, None] & (i < R)[None, :], sums, 0.0)
 
 
-@triton.jit(do_not_specialize=["count", "bound", "heads", "chunks", "R", "C"])
+@triton.jit
+def _settle(
+    distances, of_attention, sums, counters, sample, head, tile, tiles_of_head, elements, heads, chunks, i, j, R, C, BLOCK: tl.constexpr
+):  # fmt: skip
+    """A tile of residual value^T by the last of its chunks, and the distance of a sample by the last of its tiles; both in order."""
+    width = R * C + R
+    if tiles.arrive(counters + head * tiles_of_head + tile, chunks):
+        at = sums + head * chunks * width + i[:, None] * C + j[None, :]
+        inside = (i < R)[:, None] & (j < C)[None, :]
+        gram = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for _ in range(chunks):
+            gram += tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+            at += width
+        tiles.store(of_attention + head * R * C + i[:, None] * C + j[None, :], gram, inside)
+        of_samples = counters + tl.num_programs(0) // chunks  # behind those of all tiles
+        if tiles.arrive(of_samples + sample, heads * tiles_of_head):
+            square = tl.zeros((BLOCK, BLOCK), tl.float64)
+            for first in range(0, heads * chunks, BLOCK):
+                part = first + tl.arange(0, BLOCK)[:, None]
+                of_parts = sums + (sample * heads * chunks + part) * width + R * C
+                for first_row in range(0, R, BLOCK):
+                    r = first_row + tl.arange(0, BLOCK)[None, :]
+                    there = (part < heads * chunks) & (r < R)
+                    square += tl.load(of_parts + r, mask=there, other=0.0, cache_modifier=".cg").to(tl.float64)
+            tiles.store(distances + sample, (tl.sum(square) / elements).to(tl.float32), True)
+
+
+@triton.jit(do_not_specialize=["elements", "count", "bound", "heads", "chunks", "R", "C"])
 def _residual_sums(
+    distances,  # (B,)
+    close,  # (B,) int32: whether the direct form was taken
+    of_attention,  # (heads, R, C): of close samples, residual value^T
     attention,
     value,
     target,
     parts,  # (B, count, 2) float64: they tell which samples are close
     sums,  # (heads, chunks, R * C + R) float32: residual value^T, and the residual's squares
+    counters,  # int32, zeros: for each tile of each head and, behind these, for each sample
+    elements,  # what distances are divided by
     count,
     bound,
     heads,
@@ -58,13 +91,17 @@ def _residual_sums(
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program: a block of channels of the target and one of the value, over a chunk of the positions."""
+    """One program: a block of channels of the target and one of the value, over a chunk of the positions; only of close samples."""
     program = tl.program_id(0).to(tl.int64)
     rows, columns = tl.cdiv(R, BLOCK), tl.cdiv(C, BLOCK)
     part = program // (rows * columns)  # counts the chunks of all heads
     head = part // chunks
-    _, direct = distance_of(parts, head // heads, count, bound, COUNT)
+    sample = head // heads
+    distance, direct = distance_of(parts, sample, count, bound, COUNT)
+    first_of_sample = program % (rows * columns * chunks * heads) == 0
+    tiles.store(close + sample, direct, first_of_sample)
     if direct == 0:
+        tiles.store(distances + sample, (distance / elements).to(tl.float32), first_of_sample)
         return
     i = program // columns % rows * BLOCK + tl.arange(0, BLOCK)
     j = program % columns * BLOCK + tl.arange(0, BLOCK)
@@ -79,9 +116,13 @@ def _residual_sums(
     at = sums + part * (R * C + R)
     tiles.store(at + i[:, None] * C + j[None, :], gram, (i < R)[:, None] & (j < C)[None, :])
     tiles.store(at + R * C + i, square, i < R)  # by every block of columns, the same
+    tile = program % (rows * columns)
+    _settle(
+        distances, of_attention, sums, counters, sample, head, tile, rows * columns, elements, heads, chunks, i, j, R, C, BLOCK
+    )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["gain", "heads", "workers", "R", "C"])
+@triton.jit(do_not_specialize=["factor_stride", "gain", "heads", "workers", "R", "C"])
 def _residual_mix(
     out,
     matrix,  # of a first term, or None
@@ -90,7 +131,8 @@ def _residual_mix(
     value,
     target,
     direct,  # (B,) int32: which samples
-    factor,  # (B,) float32
+    factor,  # (B,)
+    factor_stride: tl.int64,
     gain,
     heads,
     workers,
@@ -123,26 +165,50 @@ def _residual_mix(
             residual = _residual(attention, value, target, head, heads, n, i, R, POSITIONS, PRECISION)
             weights = tl.trans(tile_of(attention, head, 1, j, i, R))
             sums += tiles.dot(residual, weights, PRECISION)
-        sums *= gain * tl.load(factor + head // heads)
+        sums *= gain * tiles.load(factor + head // heads * factor_stride, True)
         store_tile(out, sums, head, heads, n, j, C)
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------------------
 
 
-def launch_residual_sums(attention: Tensor, value: Tensor, target: Tensor, parts: Tensor) -> Tensor:
-    """Of close samples, residual value^T and the residual's squares, (B * heads, chunks, R * C + R)."""
+def _tiles(r: int, c: int) -> int:
+    return int(triton.cdiv(r, SUMS["BLOCK"]) * triton.cdiv(c, SUMS["BLOCK"]))
+
+
+def new_counters(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Those of `launch_residual_sums`, still to be set to 0."""
+    batch, heads, r, c = shape
+    return like.new_empty(batch * heads * _tiles(r, c) + batch, dtype=torch.int32)
+
+
+def launch_residual_sums(
+    attention: Tensor,
+    of_attention: Tensor,
+    value: Tensor,
+    target: Tensor,
+    parts: Tensor,
+    counters: Tensor,
+    elements: int,
+) -> tuple[Tensor, Tensor]:
+    """-> distance (B,), and which samples are close (B,) int32; of those `of_attention`, residual value^T, is written again."""
     batch, heads, r, c = attention.shape
     v, t = features(value), features(target)
-    blocks = triton.cdiv(r, SUMS["BLOCK"]) * triton.cdiv(c, SUMS["BLOCK"])
+    blocks = _tiles(r, c)
     chunks = tiles.chunks(v.positions, batch * heads * blocks, value.device)
     sums = attention.new_empty((batch * heads, chunks, r * c + r))
+    distances, close = value.new_empty(batch), counters.new_empty(batch)
     _residual_sums[(batch * heads * chunks * blocks,)](
+        distances,
+        close,
+        of_attention,
         features(attention.flatten(0, 1)),
         v,
         t,
         parts,
         sums,
+        counters,
+        elements,
         parts.shape[1],
         CLOSE,
         heads,
@@ -154,7 +220,7 @@ def launch_residual_sums(attention: Tensor, value: Tensor, target: Tensor, parts
         **SUMS,
         **tiles.OPTIONS,
     )
-    return sums
+    return distances, close
 
 
 def launch_residual_mix(
@@ -165,6 +231,7 @@ def launch_residual_mix(
     target: Tensor,
     direct: Tensor,
     factor: Tensor,
+    gain: float,
 ) -> None:
     batch, heads, r, c = attention.shape
     to = features(out)
@@ -179,7 +246,8 @@ def launch_residual_mix(
         features(target),
         direct,
         factor,
-        2.0,
+        factor.stride(0),
+        gain,
         heads,
         workers,
         r,

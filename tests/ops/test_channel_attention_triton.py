@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 import kdops
 from kdops import tiles
 from kdops.channel_attention import triton_distance as kernels
+from kdops.channel_attention import triton_residual
 from tests.contract import RecordOps, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,6 +96,8 @@ def test_many_chunks(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [maps[i] for i in FORMS[form]]
     check(chosen, torch.float32, True)
     check(chosen[:3], torch.float32, False)
+    monkeypatch.setattr(kernels, "FEW_CHUNKS", 1)  # summed by a launch of their own
+    check(chosen, torch.float32, True)
 
 
 def near(maps: list[Tensor], difference: float) -> Tensor:
@@ -124,11 +131,11 @@ def test_only_close_samples_take_the_direct_form(monkeypatch: pytest.MonkeyPatch
     exact = kdops.channel_attention_distance(
         *(t.double() for t in (*maps, target)), backend="reference", statistic="sum"
     )
-    distance, _, _, close = kernels.channel_attention_distance(*maps, target, None, 1)
+    distance, _, _, close = kernels.channel_attention_distance(*maps, target, None, 1, False)
     assert close.tolist() == [0, 1, 0]
     torch.testing.assert_close(distance.double(), exact, rtol=1e-3, atol=0)
-    monkeypatch.setattr(kernels, "CLOSE", -1.0)
-    distance, _, _, close = kernels.channel_attention_distance(*maps, target, None, 1)
+    monkeypatch.setattr(triton_residual, "CLOSE", -1.0)
+    distance, _, _, close = kernels.channel_attention_distance(*maps, target, None, 1, False)
     assert not close.any()
     torch.testing.assert_close(distance[::2].double(), exact[::2], rtol=1e-5, atol=0)
     assert abs(float(distance[1]) - float(exact[1])) > 1e-2 * float(exact[1])
@@ -147,16 +154,43 @@ def test_gradients_of_close_and_far_samples_in_one_batch() -> None:
             assert relative_error(m[sample], truth[sample]) < (5e-3 if sample == 1 else 1e-5)
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_close_samples_are_settled_by_their_last_programs(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Close samples beside far ones, of several tiles, chunks and heads: as exact as eager torch, and the same bits again."""
+    monkeypatch.setattr(tiles, "SHORTEST_CHUNK", 32)
+    maps = [drawn(5, c, 90, seed=i) for i, c in enumerate((70, 40, 40))]
+    out = kdops.channel_attention(*maps, heads=heads, backend="reference")
+    scale = torch.tensor([1e-3, 1.0, 1e-2, 1e-4, 1.0], dtype=out.dtype, device=DEVICE)[:, None, None]
+    rounded = [t.float() for t in (*maps, out * (1 + scale * drawn(*out.shape, seed=7)))]
+    *_, close = kernels.channel_attention_distance(*rounded, None, heads, True)
+    assert close.tolist() == [1, 0, 1, 1, 0]
+    mine = results(rounded, "triton", torch.float32, True, heads)
+    eager = results(rounded, "reference", torch.float32, True, heads)
+    exact = results(rounded, "reference", torch.float64, True, heads)
+    for one, other, truth in zip(mine, eager, exact, strict=True):
+        for sample in range(5):
+            allowed = 3 * relative_error(other[sample], truth[sample]) + 32 * EPS[torch.float32]
+            assert relative_error(one[sample], truth[sample]) <= allowed
+    for one, again in zip(mine, results(rounded, "triton", torch.float32, True, heads), strict=True):
+        assert torch.equal(one, again)
+
+
 def test_the_residual_is_not_formed_for_far_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the direct kernels leave behind is not used: garbage there changes nothing."""
     maps = [drawn(2, 6, 40, seed=i).float() for i in range(4)]
     before = results(maps, "triton", torch.float32, True)
-    form = kernels.launch_residual_sums
+    form = triton_residual._residual_sums
 
-    def spoilt(*args: object, **kwargs: object) -> Tensor:
-        return torch.full_like(form(*args, **kwargs), float("nan"))  # type: ignore[arg-type]  # passed through
+    class Spoilt:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                sums = args[7].fill_(float("nan"))
+                form[grid](*args, **kwargs)
+                assert sums.isnan().all()
 
-    monkeypatch.setattr(kernels, "launch_residual_sums", spoilt)
+            return launch
+
+    monkeypatch.setattr(triton_residual, "_residual_sums", Spoilt())
     for mine, first in zip(results(maps, "triton", torch.float32, True), before, strict=True):
         assert torch.equal(mine, first)
 
@@ -171,6 +205,45 @@ def test_channels_last_is_read_without_a_copy(distance: bool, monkeypatch: pytes
         moved = results(last, "triton", torch.float32, distance)
     for mine, first in zip(moved, plain, strict=True):
         torch.testing.assert_close(mine, first)
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run beneath it; on a GPU nearly each of torch's is a launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_runs_no_operator_of_torch() -> None:
+    """Mean, casts and the gradients that statistics do not have: all within the kernels."""
+    teacher, student = (drawn(2, 4, 30, seed=i).bfloat16() for i in range(2))
+    student.requires_grad_()
+    upstream = drawn(2, seed=2).bfloat16()
+    with Operators() as ran:
+        distance = kdops.channel_attention_distance(teacher, student, student, teacher, backend="triton")
+        torch.autograd.grad(distance, student, upstream)
+    op = "kdops::channel_attention_distance"
+    assert ran.names == [f"{op}_triton", f"{op}_backward_triton"]
+
+
+@pytest.mark.parametrize("difference", [1.0, 1e-2])
+@pytest.mark.parametrize("statistic", ["mean", "sum"])
+def test_an_expanded_gradient(difference: float, statistic: str) -> None:
+    """That of a mean over the batch is one number for all samples, far or close."""
+    maps = [drawn(3, 8, 50, seed=i) for i in range(3)]
+    given = [t.float().requires_grad_() for t in (*maps, near(maps, difference))]
+    distance = kdops.channel_attention_distance(*given, statistic=statistic, backend="triton")
+    one = torch.tensor(0.7, device=DEVICE)
+    expanded, dense = (
+        torch.autograd.grad(distance, given, upstream, retain_graph=True) for upstream in (one.expand(3), one.repeat(3))
+    )
+    for mine, same in zip(expanded, dense, strict=True):
+        assert torch.equal(mine, same)
 
 
 def test_forward_keeps_only_small_matrices() -> None:
