@@ -228,13 +228,11 @@ def mix_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
         return tile._replace(positions=32 if few else 64)
     depth = max(16, triton.next_power_of_2(columns))
     tile = tile._replace(warps=8 if tile.block == 128 or (tile.block == 64 and few) else 4, positions=64, stages=3)
-    if depth > 128:
-        tile = tile._replace(positions=128 if tile.block == 128 and not few else 64)
-    else:
-        tile = tile._replace(depth=depth)
     if tiles.architecture() == "cuda:90" and tile.block <= 64:
         tile = tile._replace(positions=128)
-    return tile
+    if depth > 128:
+        return tile._replace(positions=128 if tile.block == 128 and not few else tile.positions)
+    return tile._replace(depth=depth)
 
 
 def same(a: Tensor, b: Tensor) -> bool:
