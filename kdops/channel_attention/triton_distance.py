@@ -189,7 +189,7 @@ def _launch_compare(
 
 def _by_rows(columns: int) -> dict[str, int]:
     width = max(16, triton.next_power_of_2(columns))
-    return {"ROWS": ROWS, "COLUMNS": width, "DEPTH": DEPTH, "num_warps": 4 if width <= 128 else 8}
+    return {"ROWS": ROWS, "COLUMNS": width, "DEPTH": DEPTH, "num_warps": 4 if width <= 64 else 8}
 
 
 # --- operators --------------------------------------------------------------------------------------------------------------------
