@@ -80,14 +80,15 @@ wait $compiling
 # SDPA's memory-efficient backend takes 36 to 290 ms where the others take 8 to 56: half of the suite's time.
 bench "spatial_attention, 65,536 positions" 75 spatial_attention --without "eager,compile,max-autotune,flex,sdpa efficient" -k "resolution"
 bench "pairwise_distance" 40 contrast --without eager,max-autotune
-bench "channel_attention" 40 channel_attention --without eager,max-autotune
-bench "mscn" 45 nss --without "eager,max-autotune,convolved"
-bench "gaussian_distance" 30 gaussian --without eager,max-autotune
-bench "affinity_distance" 30 affinity --without eager,max-autotune
+bench "channel_attention_distance" 45 channel_attention --without eager,max-autotune -k "distance and teacher"
+bench "mscn" 60 nss --without "eager,max-autotune,convolved"
+bench "gaussian_distance" 45 gaussian --without eager,max-autotune
+bench "affinity_distance" 45 affinity --without eager,max-autotune
 growing="eager,compile,max-autotune,flex,sdpa efficient,sdpa flash"
 bench "spatial_attention, 1,048,576 positions" 60 spatial_attention --without "$growing" -k "growing and 1024x1024"
 bench "codebook_cross_entropy" 50 codebook --without eager,max-autotune
 bench "training step, SKD at 512" 60 step -k "skd and 512"
+bench "channel_attention" 60 channel_attention --without eager,max-autotune -k "not (distance and teacher)"
 bench "spatial_attention, growing N" 45 spatial_attention --without "$growing" -k "growing and not 1024x1024"
 report
 
