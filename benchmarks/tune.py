@@ -68,6 +68,7 @@ KERNELS = {
     },
     "codebook": {"student": Load(2, 1, 2), "statistics": Load(2, 1, 0), "slopes": Load(2, 1, 1)},
 }
+MAYBE_LATE = ("attend", "attend given")  # sweeps whose values are not their columns
 TABLES = {"spatial_attention": attention_table, "codebook": codebook_table}
 
 
@@ -79,11 +80,14 @@ def candidates(op: str, kernel: str, channels: int) -> Iterator[Job]:
     whole = kind._field_defaults["slice"]
     slices = (128, 256, whole) if channels > 256 and load.sums == 1 else (whole,)
     depths = (2, 3, 4) if channels <= 128 else (2, 3)
-    for (rows, warps), columns, stages, piece in product(ROWS_AND_WARPS, (16, 32, 64, 128), depths, slices):
+    orders = ({}, {"late": True}) if kernel in MAYBE_LATE else ({},)
+    for (rows, warps), columns, stages, piece, order in product(
+        ROWS_AND_WARPS, (16, 32, 64, 128), depths, slices, orders
+    ):
         held = 2 * width * (load.rows * rows + load.columns * stages * columns)
         registers = load.sums * rows * min(width, piece) // (32 * warps)  # of a thread
         if held <= SHARED_MEMORY and registers <= 192 and rows * columns >= (2048 if channels <= 256 else 1024):
-            yield Job(op, kernel, channels, kind(rows, columns, warps, stages, piece))
+            yield Job(op, kernel, channels, kind(rows, columns, warps, stages, piece, **order))
 
 
 def launcher(job: Job, device: str = "cuda") -> Launch:
