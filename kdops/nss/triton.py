@@ -34,12 +34,13 @@ def _tables(tables, window, factor: tl.float32, TAPS: tl.constexpr):
 
 
 @triton.jit
-def _tile(W, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Of this program: rows (ROWS, 1), counted through all planes, and columns (1, COLUMNS)."""
+def _tile(H, W, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of this program: rows (ROWS, 1) of all planes, and of their plane; columns (1, COLUMNS); which of them there are."""
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(W, COLUMNS)
     row = program // across * ROWS + tl.arange(0, ROWS)[:, None]
-    return row, program % across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    x = program % across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return row, row % H, x, (row < rows) & (x < W)
 
 
 @triton.jit
@@ -108,9 +109,7 @@ def _statistics(
     COLUMNS: tl.constexpr,
 ):
     """Mean and variance of the window of each pixel along one axis, relative to the pixel; of columns, what becomes of them."""
-    row, x = _tile(W, ROWS, COLUMNS)
-    y = row % H
-    inside = (row < rows) & (x < W)
+    row, y, x, inside = _tile(H, W, rows, ROWS, COLUMNS)
     pixels = image + row // H // C * stride_b + row // H % C * stride_c
     centre = tiles.load(pixels + y * stride_y + x * stride_x, inside)
     mean = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -187,9 +186,7 @@ def _gather_columns(
     COLUMNS: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    row, x = _tile(W, ROWS, COLUMNS)
-    y = row % H
-    inside = (row < rows) & (x < W)
+    row, y, x, inside = _tile(H, W, rows, ROWS, COLUMNS)
     pixels = image + row // H // C * stride_b + row // H % C * stride_c + x * stride_x
     value = tiles.load(pixels + y * stride_y, inside)
     sum = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -233,10 +230,8 @@ def _gather_rows(
     COLUMNS: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    row, x = _tile(W, ROWS, COLUMNS)
-    y = row % H
+    row, y, x, inside = _tile(H, W, rows, ROWS, COLUMNS)
     plane = row // H
-    inside = (row < rows) & (x < W)
     pixels = image + plane // C * stride_b + plane % C * stride_c + y * stride_y
     value = tiles.load(pixels + x * stride_x, inside)
     result = tiles.load(direct + row * W + x, inside)
