@@ -62,6 +62,11 @@ def op(name: str, suffix: str = "") -> Op:
     return overload
 
 
+def forward_of(backward: Any) -> Op:
+    """The operator whose gradient the operator `kdops::<name>_backward<suffix>` computes, of the same backend."""
+    return op(backward.name().removeprefix("kdops::").replace("_backward", "", 1))
+
+
 def differentiate(
     name: str, setup_context: Callable[..., None], backward: Callable[[Op], Callable[..., Any]], no_double_backward: str
 ) -> None:

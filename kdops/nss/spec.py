@@ -47,13 +47,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(op: registration.Op) -> Callable[..., Any]:
-    forward = registration.op(NAME, "_triton" if op == registration.op(f"{NAME}_backward", "_triton") else "")
-
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None, None, None, None]:
         image, *results = ctx.saved_tensors
         if not results:
             wide = image.float()
-            results = forward(wide, *ctx.options)
+            results = registration.forward_of(op)(wide, *ctx.options)
             upstream = (grad if grad is None else grad.float() for grad in grads)
             return op(*upstream, wide, *results, *ctx.options).to(image.dtype), None, None, None, None
         return op(*grads, image, *results, *ctx.options), None, None, None, None
