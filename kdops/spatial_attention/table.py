@@ -95,7 +95,10 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         ("slopes", 4): {64: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128, 64)},
     },
     "interpreter": {
-        (sweep, size): {128: Tile(64, 64, 4, 1, late=True), 512: Tile(64, 64, 4, 1, 128, 512 if size == 2 else 64)}
+        (sweep, size): {
+            128: Tile(64, 64, 4, 1, late=sweep == "attend"),
+            512: Tile(64, 64, 4, 1, 128, 512 if size == 2 else 64),
+        }
         for sweep in ("attend", "slopes")
         for size in (2, 4)
     },
