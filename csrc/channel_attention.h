@@ -17,6 +17,7 @@ namespace {
 
 constexpr int64_t kTileNumbers = 1 << 16;  // of one operand of a tile: 256 KiB in float
 constexpr int64_t kLongestTile = 256;      // positions
+constexpr int64_t kSummedPanels = 8;  // of 16 positions
 constexpr int64_t kShortestChunk = 1024;
 constexpr int64_t kMostChunks = 32;
 
@@ -134,16 +135,30 @@ KDOPS_CLONED void turn_tile(const T* tile, int64_t position_panels, int64_t chan
   }
 }
 
+template <typename T>
+KDOPS_INLINE void add(Block<T>& block, const Block<T>& other, T factor) {
+  for (int64_t i = 0; i < kRows; ++i) {
+    for (int64_t v = 0; v < kVectors<T>; ++v) block.at[i][v] += factor * other.at[i][v];
+  }
+}
+
 // sums (rows padded to 6, columns padded to 16) += tile @ turned^T, over the positions of a tile; `pitch` channels of `tile` a panel.
+// A few panels are summed apart before they are added: the error of a sum grows with the root of its length.
 template <typename T>
 KDOPS_CLONED void add_gram(const T* tile, int64_t rows, int64_t pitch, const T* turned, int64_t columns, int64_t position_panels, T* sums) {
   const int64_t width = padded(columns, kColumns);
   for (int64_t j = 0; j < columns; j += kColumns) {
+    const T* const right = turned + j * position_panels * kColumns;
     for (int64_t i = 0; i < rows; i += kRows) {
-      Block<T> block;
-      load(block, sums + i * width + j, width);
-      multiply_add<kColumns, kColumns>(block, tile + i * kColumns, pitch * kColumns, position_panels, turned + j * position_panels * kColumns);
-      store(block, sums + i * width + j, width);
+      for (int64_t panel = 0; panel < position_panels; panel += kSummedPanels) {
+        Block<T> block, before;
+        clear(block);
+        multiply_add<kColumns, kColumns>(block, tile + (panel * pitch + i) * kColumns, pitch * kColumns,
+                                         std::min(kSummedPanels, position_panels - panel), right + panel * kColumns * kColumns);
+        load(before, sums + i * width + j, width);
+        add(block, before, T(1));
+        store(block, sums + i * width + j, width);
+      }
     }
   }
 }
@@ -209,13 +224,6 @@ struct Place {
   }
 };
 
-template <typename T>
-KDOPS_INLINE void add(Block<T>& block, const Block<T>& other, T factor) {
-  for (int64_t i = 0; i < kRows; ++i) {
-    for (int64_t v = 0; v < kVectors<T>; ++v) block.at[i][v] += factor * other.at[i][v];
-  }
-}
-
 // out = matrix @ tile, or added to what is there, for a tile of positions.
 template <typename scalar_t, typename T>
 KDOPS_CLONED void mix_tile(const T* matrix, int64_t channels, const T* tile, int64_t pitch, const Heads<scalar_t>& out, int64_t head,
@@ -231,27 +239,45 @@ KDOPS_CLONED void mix_tile(const T* matrix, int64_t channels, const T* tile, int
   });
 }
 
-// matrix @ tile - target: its sum of squares, and in `residual` (not null) itself as [positions / 16][rows padded to 6][16].
-template <typename scalar_t, typename T>
-KDOPS_CLONED double residual_tile(const T* matrix, int64_t channels, const T* tile, const Heads<scalar_t>& target, int64_t head,
-                                  int64_t begin, int64_t count, T* residual) {
+// Sum of squares of residual = matrix @ tile - target; what becomes of its blocks, use(channel, position, block) says.
+template <typename scalar_t, typename T, typename Use>
+KDOPS_INLINE double residual_tile(const T* matrix, int64_t channels, const T* tile, const Heads<scalar_t>& target, int64_t head,
+                                  int64_t begin, int64_t count, const Use& use) {
   double sum = 0;
-  const int64_t pitch = padded(target.channels, kRows);
   for_each_product(matrix, target.channels, channels, tile, padded(channels, kColumns), count,
                    [&](int64_t i, int64_t t, Block<T>& block) KDOPS_INLINE_LAMBDA {
                      Block<T> wanted;
                      Place<scalar_t>(target, head, i, begin + t, begin + count).read(wanted);
                      add(block, wanted, T(-1));
-                     if (residual) store(block, residual + (t * pitch + i * kColumns), kColumns);
+                     use(i, t, block);
                      Vector<T> squares = {};
                      for (int64_t row = 0; row < kRows; ++row) {
                        for (int64_t v = 0; v < kVectors<T>; ++v) squares += block.at[row][v] * block.at[row][v];
                      }
-                     T of_block = 0;
-                     for (int64_t lane = 0; lane < kLanes<T>; ++lane) of_block += squares[lane];
-                     sum += of_block;
+                     sum += sum_of_lanes<T>(squares);
                    });
   return sum;
+}
+
+// The sum of squares, and the residual itself in the map `kept`, if there is one.
+template <typename scalar_t, typename T>
+KDOPS_CLONED double measure_tile(const T* matrix, int64_t channels, const T* tile, const Heads<scalar_t>& target, int64_t head,
+                                 int64_t begin, int64_t count, const Heads<T>* kept) {
+  return residual_tile(matrix, channels, tile, target, head, begin, count,
+                       [&](int64_t i, int64_t t, const Block<T>& block) KDOPS_INLINE_LAMBDA {
+                         if (kept) Place<T>(*kept, head, i, begin + t, begin + count).write(block);
+                       });
+}
+
+// The residual as [positions / 16][channels padded to 6][16].
+template <typename scalar_t, typename T>
+KDOPS_CLONED void form_residual(const T* matrix, int64_t channels, const T* tile, const Heads<scalar_t>& target, int64_t head,
+                                int64_t begin, int64_t count, T* residual) {
+  const int64_t pitch = padded(target.channels, kRows);
+  residual_tile(matrix, channels, tile, target, head, begin, count,
+                [&](int64_t i, int64_t t, const Block<T>& block) KDOPS_INLINE_LAMBDA {
+                  store(block, residual + (t * pitch + i * kColumns), kColumns);
+                });
 }
 
 // maps = factor * tile of [positions / 16][channels padded to 6][16].

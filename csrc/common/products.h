@@ -71,6 +71,13 @@ KDOPS_INLINE void store(const Block<T>& block, T* to, int64_t row_stride) {
   }
 }
 
+template <typename T>
+KDOPS_INLINE T sum_of_lanes(const Vector<T>& values) {
+  T sum = 0;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) sum += values[lane];
+  return sum;
+}
+
 // sums[i, :] += sum over o < outer and j < Inner of a[o * outer_stride + i * RowStride + j] * b[(o * Inner + j) * 16 +
 // :]
 template <int RowStride, int Inner, typename T>

@@ -68,9 +68,9 @@ def channel_attention_distance(
     d[b] = mean or sum over channels and positions of (channel_attention(query, key, value)[b] - target[b])^2
 
     Time O(B N Cq Ck / heads), memory O(B Cq Ck / heads) and a tile besides inputs and gradients. On a CPU the output is formed
-    tile by tile and subtracted there. On a GPU the distance follows from C x C Gram matrices, and the output is formed (in tiles too) only
-    for samples whose distance is below 1/32 of their target's square, where Grams would cancel. Either way a student near its target is
-    measured as exactly as one far away.
+    tile by tile and subtracted there, and again in backward; only a difference of at most 2^19 numbers is kept. On a GPU the distance
+    follows from C x C Gram matrices, and the output is formed (in tiles too) only for samples whose distance is below 1/32 of their
+    target's square, where Grams would cancel. Either way a student near its target is measured as exactly as one far away.
 
     Args:
         query, key, value, scale, heads, backend: as channel_attention. Under autocast everything runs in float32.

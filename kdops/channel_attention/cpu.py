@@ -1,4 +1,4 @@
-"""Channel attention on the CPU: products with feature maps in C++ (csrc/channel_attention.cpp), softmax of the C x C logits in torch.
+"""Channel attention on the CPU: products with feature maps and softmaxes of the C x C logits in C++ (csrc/channel_attention.cpp).
 
 The C x C attention is kept for the backward pass: it is small beside the maps, and making it again would read query and key again.
 """
@@ -10,15 +10,18 @@ from torch import Tensor
 
 from ..layout import GradientColumns
 from ..registration import LIBRARY, op
+from .spec import residual_to_keep
 
 # Maps are (B, C, N) of any strides and one dtype; matrices (B, heads, rows, columns) in the dtype of sums.
 LIBRARY.define("channel_gram(Tensor x, Tensor y, int heads) -> Tensor")
 LIBRARY.define("channel_mix(Tensor(a!) out, Tensor matrix, Tensor x, bool onto) -> ()")
-LIBRARY.define("channel_residual(Tensor attention, Tensor value, Tensor target) -> Tensor")
+LIBRARY.define("channel_residual(Tensor attention, Tensor value, Tensor target, Tensor(a!)? residual) -> Tensor")
 LIBRARY.define(
-    "channel_residual_backward(Tensor attention, Tensor to_value, Tensor slope, Tensor value, Tensor target, bool need_attention, "
+    "channel_residual_backward(Tensor attention, Tensor? residual, Tensor slope, Tensor value, Tensor target, bool need_attention, "
     "Tensor(a!)? of_value, Tensor(b!)? of_target) -> Tensor"
 )
+LIBRARY.define("channel_softmax(Tensor(a!) logits, float scale) -> ()")
+LIBRARY.define("channel_softmax_backward(Tensor(a!) of_attention, Tensor attention, float scale, Tensor? factor) -> ()")
 
 
 def channel_attention(
@@ -54,31 +57,27 @@ def channel_attention_backward(
         op("channel_mix")(as_value.columns, attention.mT, upstream, False)
     if need_query or need_key:
         of_attention = op("channel_gram")(upstream, value.flatten(2), heads)
-        _through_logits(of_attention, attention, query, key, scale, of_query, of_key, onto_key=shared)
+        _through_logits(of_attention, None, attention, query, key, scale, of_query, of_key, onto_key=shared)
     return of_query.finish(), of_key.finish(), of_value.finish()
 
 
 def channel_attention_distance(
     query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> distance (B,), attention (B, heads, Cq / heads, Ck / heads); the rest is for the Triton kernels."""
+    """-> distance (B,), attention (B, heads, Cq / heads, Ck / heads); a small residual, and nothing."""
     attention = _attention(query, key, scale, heads)
     value = key if value is None else value
-    distance = op("channel_residual")(attention, value.flatten(2), target.flatten(2))
+    residual = residual_to_keep(target)
+    distance = op("channel_residual")(attention, value.flatten(2), target.flatten(2), _given(residual))
     if mean:
         distance = distance / target.shape[1:].numel()
-    return (
-        distance.to(query.dtype),
-        attention,
-        torch.zeros_like(attention),
-        distance.new_ones(distance.shape, dtype=torch.int32),
-    )
+    return distance.to(query.dtype), attention, residual, query.new_empty(0, dtype=torch.int32)
 
 
 def channel_attention_distance_backward(
     grad: Tensor,
     attention: Tensor,
-    _of_attention: Tensor,
+    residual: Tensor,
     _close: Tensor,
     query: Tensor,
     key: Tensor,
@@ -92,16 +91,15 @@ def channel_attention_distance_backward(
     need_value: bool,
     need_target: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of query, key, value and target, by one sweep over value and target that forms the residual again."""
+    """The gradients of query, key, value and target, by one sweep that forms the residual again where it was not kept."""
     shared, value = value is None, key if value is None else value
     of_query, of_key = GradientColumns(query, need_query), GradientColumns(key, need_key)
     of_value, of_target = GradientColumns(value, need_value), GradientColumns(target, need_target)
     as_value = of_key if shared else of_value
     slope = grad.to(attention.dtype) * (2 / target.shape[1:].numel() if mean else 2)  # of the square
-    by_sample = slope[:, None, None, None]
     of_attention = op("channel_residual_backward")(
         attention,
-        by_sample * attention.mT,
+        _given(residual),
         slope,
         value.flatten(2),
         target.flatten(2),
@@ -110,9 +108,12 @@ def channel_attention_distance_backward(
         of_target.columns if need_target else None,
     )
     if need_query or need_key:
-        of_attention *= by_sample
-        _through_logits(of_attention, attention, query, key, scale, of_query, of_key, onto_key=shared)
+        _through_logits(of_attention, slope, attention, query, key, scale, of_query, of_key, onto_key=shared)
     return of_query.finish(), of_key.finish(), of_value.finish(), of_target.finish()
+
+
+def _given(residual: Tensor) -> Tensor | None:
+    return residual if residual.numel() else None
 
 
 def _factor(query: Tensor, scale: float | None) -> float:
@@ -120,13 +121,14 @@ def _factor(query: Tensor, scale: float | None) -> float:
 
 
 def _attention(query: Tensor, key: Tensor, scale: float | None, heads: int) -> Tensor:
-    logits = op("channel_gram")(query.flatten(2), key.flatten(2), heads)
-    attention: Tensor = torch.softmax(logits.mul_(_factor(query, scale)), dim=-1)
-    return attention
+    logits: Tensor = op("channel_gram")(query.flatten(2), key.flatten(2), heads)
+    op("channel_softmax")(logits, _factor(query, scale))
+    return logits
 
 
 def _through_logits(
     of_attention: Tensor,
+    slope: Tensor | None,
     attention: Tensor,
     query: Tensor,
     key: Tensor,
@@ -136,10 +138,9 @@ def _through_logits(
     *,
     onto_key: bool,
 ) -> None:
-    """From the gradient of the attention to those of query and key; `onto_key` adds to what the key's already holds."""
-    # Not torch's own backward of the softmax, whose bits depend on the number of threads.
-    weighted = attention * of_attention
-    of_logits = (weighted - attention * weighted.sum(dim=-1, keepdim=True)).mul_(_factor(query, scale))
+    """From the gradient of the attention, times `slope` (B,), to those of query and key; `onto_key` adds to what the key's holds."""
+    op("channel_softmax_backward")(of_attention, attention, _factor(query, scale), slope)
+    of_logits = of_attention
     if of_query.needed:
         op("channel_mix")(of_query.columns, of_logits, key.flatten(2), False)
     if of_key.needed:

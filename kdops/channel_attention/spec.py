@@ -19,6 +19,8 @@ TRITON = {
     "channel_attention": "kdops.channel_attention.triton",
     "channel_attention_distance": "kdops.channel_attention.triton_distance",
 }
+MOST_KEPT = 2**19
+"""Numbers of the residual that the CPU keeps: of larger maps memory counts, of small ones with many channels the product that forms it."""
 NO_DOUBLE_BACKWARD = "attention losses are differentiated once, and kernels have no second formula"
 
 
@@ -35,12 +37,23 @@ def _fake_forward(
     return out, _fake_attention(query, key, heads)
 
 
+def residual_to_keep(target: Tensor) -> Tensor:
+    """Where the CPU keeps output - target until backward, (B, Cq, N), unwritten; (0,) above MOST_KEPT numbers."""
+    shape = target.flatten(2).shape if target.numel() <= MOST_KEPT else (0,)
+    return target.new_empty(shape, dtype=accumulator(target))
+
+
 def _fake_distance(
     query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     attention = _fake_attention(query, key, heads)
-    close = attention.new_empty(query.shape[0], dtype=torch.int32)
-    return query.new_empty(query.shape[0]), attention, torch.empty_like(attention), close
+    nothing = query.new_empty(0, dtype=torch.int32)
+    return query.new_empty(query.shape[0]), attention, residual_to_keep(target), nothing
+
+
+def _fake_distance_triton(query: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    distance, attention, _, close = _fake_distance(query, *args)
+    return distance, attention, torch.empty_like(attention), close.new_empty(query.shape[0])
 
 
 def _fake_backward(grad: Tensor, *args: Any, statistics: int, inputs: int) -> tuple[Tensor, ...]:
@@ -72,11 +85,16 @@ def _backward(op: registration.Op) -> Callable[..., Any]:
 
 
 def _declare(
-    name: str, fake: Callable[..., Any], maps: tuple[str, ...], options: str, statistics: tuple[str, ...]
+    name: str,
+    fake: Callable[..., Any],
+    maps: tuple[str, ...],
+    options: str,
+    statistics: tuple[str, ...],
+    triton_fake: Callable[..., Any] | None = None,
 ) -> None:
     inputs = ", ".join("Tensor? value" if m == "value" else f"Tensor {m}" for m in maps) + f", {options}"
     results = ", ".join("Tensor" for _ in ("result", *statistics))
-    registration.define(name, f"({inputs}) -> ({results})", fake, TRITON[name], CPU)
+    registration.define(name, f"({inputs}) -> ({results})", fake, TRITON[name], CPU, triton_fake)
     saved = ", ".join(f"Tensor {s}" for s in statistics)
     needs = ", ".join(f"bool need_{m}" for m in maps)
     gradients = ", ".join("Tensor" for _ in maps)
@@ -89,14 +107,15 @@ def _declare(
 _declare(
     "channel_attention", _fake_forward, ("query", "key", "value"), "float? scale, int heads", statistics=("attention",)
 )
-# With the residual R = attention @ value - target: of_attention is R value^T, and `close` marks the samples whose R is so small beside the
-# target that R value^T is to be formed again (kdops/channel_attention/triton.py says why).
+# With the residual R = attention @ value - target: a GPU keeps R value^T, and `close` marks the samples whose R is so small beside the
+# target that R value^T is to be formed again (kdops/channel_attention/triton.py says why). The CPU keeps a small R itself.
 _declare(
     "channel_attention_distance",
     _fake_distance,
     ("query", "key", "value", "target"),
     "float? scale, int heads, bool mean",
-    statistics=("attention", "of_attention", "close"),
+    statistics=("attention", "kept", "close"),
+    triton_fake=_fake_distance_triton,
 )
 
 
@@ -128,7 +147,10 @@ def _flops(
     if not backward:
         return forward
     logits = query.requires_grad or key.requires_grad
-    again = bool(target) and (logits or value.requires_grad or target[0].requires_grad)  # the residual is formed twice
+    # A residual that was not kept is formed twice.
+    again = (
+        bool(target) and target[0].numel() > MOST_KEPT and (logits or value.requires_grad or target[0].requires_grad)
+    )
     return (
         forward
         + at_values * (again + logits + value.requires_grad)
@@ -140,11 +162,12 @@ def _scratch_bytes(
     query: Tensor, key: Tensor, *others: Tensor, heads: int = 1, backward: bool = False, **kwargs: Any
 ) -> int:
     # C x C matrices: the attention, packed, sums over chunks of positions; in backward three more. With a target a GPU sums up three
-    # Grams, and that of the residual for samples close to it. And three packed tiles a thread.
+    # Grams, and that of the residual for samples close to it; a CPU keeps a small residual. And three packed tiles a thread.
     matrix = query.shape[0] * query.shape[1] * key.shape[1] // heads * max(4, query.element_size())
     sums = min(32, query.shape[2:].numel() // 1024 + 1) * (4 if len(others) > 1 else 1)
-    tile = max(4, query.element_size()) * 2**16
-    return (2 + sums + 3 * backward) * matrix + 3 * tile * torch.get_num_threads()
+    number = max(4, query.element_size())
+    kept = residual_to_keep(others[1]).numel() if len(others) > 1 else 0
+    return (2 + sums + 3 * backward) * matrix + (kept + 3 * 2**16 * torch.get_num_threads()) * number
 
 
 # --- backends and samples --------------------------------------------------------------------------------------------------------

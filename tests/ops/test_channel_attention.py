@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kdops
 import kdops.nn
+from kdops.channel_attention import spec
 from tests.contract import RecordOps, relative_error
 
 ONE = torch.zeros(
@@ -172,6 +173,19 @@ def test_the_output_is_not_kept(backend: str) -> None:
     distance = forward()
     assert largest(forward) < maps[0].nbytes / 2
     assert largest(lambda: distance.sum().backward()) <= maps[1].nbytes + 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_small_residual_is_kept(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, in place of forming it again: the gradients' bits do not tell which was done."""
+    maps = [drawn(2, 20, 9, 31, seed=i, dtype=dtype).requires_grad_() for i in range(4)]
+    runs = []
+    for most, kept in ((spec.MOST_KEPT, maps[3].numel()), (0, 0)):
+        monkeypatch.setattr(spec, "MOST_KEPT", most)
+        assert torch.ops.kdops.channel_attention_distance(*maps, None, 2, True)[2].numel() == kept
+        distance = kdops.channel_attention_distance(*maps, heads=2, backend="cpu")
+        runs.append(torch.autograd.grad(distance.sum(), maps))
+    assert all(torch.equal(mine, other) for mine, other in zip(*runs, strict=True))
 
 
 @every_backend
