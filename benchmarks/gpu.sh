@@ -82,6 +82,11 @@ wait $compiling
 bench "spatial_attention, 65,536 positions" 75 spatial_attention --without "eager,compile,max-autotune,flex,sdpa efficient" -k "resolution"
 bench "pairwise_distance" 40 contrast --without eager,max-autotune
 bench "channel_attention_distance" 45 channel_attention --without eager,max-autotune -k "distance and teacher"
+# Written without a GPU at hand: right and faster, it becomes what `cuda` does (docs/performance/contrast.md).
+gpu "signs on tensor cores, contract" 40 env KDOPS_TENSOR_SIGNS=1 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_contract.py \
+  -k "pairwise and cuda"
+gpu "signs on tensor cores, figures" 30 env KDOPS_TENSOR_SIGNS=1 "$PYTHON" -m pytest -q -s -p no:cacheprovider --benchmark-only --device cuda \
+  --without eager,max-autotune,compile,cdist benchmarks/bench_contrast.py
 bench "mscn" 60 nss --without "eager,max-autotune,convolved"
 bench "gaussian_distance" 45 gaussian --without eager,max-autotune
 bench "affinity_distance" 45 affinity --without eager,max-autotune

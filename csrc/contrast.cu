@@ -6,7 +6,10 @@
 // the same features at about the same time and find each other's rows in the L1 cache. Backward: a thread holds up to 16
 // rows of one input at a few neighbouring features and walks over all rows of the other, of which it can write the
 // gradient too. Both read ahead into shared memory: without, what is on its way from memory is too little to keep it busy.
+#include <cstdlib>
+
 #include "contrast_distances.h"
+#include "contrast_signs.h"
 
 namespace kdops {
 namespace {
@@ -233,9 +236,25 @@ void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows row
          problem.pairs(), count, data<float>(result));
 }
 
+// Whether gradients of L1 distances are taken on tensor cores: for KDOPS_TENSOR_SIGNS=1 alone, until a GPU has run it.
+bool on_tensor_cores(const Side<BFloat16>& x, const Side<BFloat16>& y, const Tensor& weight, const Problem& problem) {
+  constexpr int64_t kFewRows = 4;  // of which a tile would be empty for the most part
+  constexpr int vector = 8;
+  const char* asked = std::getenv("KDOPS_TENSOR_SIGNS");
+  bool fits = asked != nullptr && *asked == '1' && generation(weight) >= 9 && problem.features % kSignRows == 0 &&
+              std::min(problem.rows_x, problem.rows_y) > kFewRows;
+  for (const auto& side : {x, y}) {
+    fits = fits && aligned<vector>(side.values, side.rows, problem) && aligned<vector>(side.gradient, side.gradient_rows, problem);
+  }
+  return fits;
+}
+
 // One launch for both gradients where a thread can hold all rows of one input.
 template <typename scalar_t, int P>
 void launch_gradients(const Side<scalar_t>& x, const Side<scalar_t>& y, const Tensor& weight, const Problem& problem) {
+  if constexpr (std::is_same_v<scalar_t, BFloat16> && P == 1) {
+    if (on_tensor_cores(x, y, weight, problem)) return launch_sign_gradients(x, y, weight, problem);
+  }
   constexpr int vector = 2;
   const Operand<scalar_t> of_x{x, problem.rows_x, problem.rows_y, 1}, of_y{y, problem.rows_y, 1, -1};
   bool vectors = true;

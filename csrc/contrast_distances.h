@@ -20,7 +20,9 @@ __host__ __device__ constexpr int64_t divide_up(int64_t value, int64_t by) {
 }
 
 template <int Bytes>
-using Word = std::conditional_t<Bytes == 2, unsigned short, std::conditional_t<Bytes == 4, unsigned, uint2>>;
+using Word = std::conditional_t<
+    Bytes == 2, unsigned short,
+    std::conditional_t<Bytes == 4, unsigned, std::conditional_t<Bytes == 8, uint2, uint4>>>;
 
 template <typename T, typename U>
 __device__ T bits_as(U bits) {

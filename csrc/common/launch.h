@@ -31,6 +31,13 @@ inline int64_t multiprocessors(const Tensor& t) {
   return count;
 }
 
+// The major number of the compute capability.
+inline int generation(const Tensor& t) {
+  int major = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index()));
+  return major;
+}
+
 // The dynamic shared memory of this block.
 __device__ inline float4* block_memory() {
   extern __shared__ float4 memory[];

@@ -148,6 +148,7 @@ def _distance_samples(own: bool) -> tuple[Sample, ...]:
         Sample("square p=1", _pair(4, 4, 8, 5, 5, own=own)),
         Sample("square p=2 sum", _pair(4, 4, 8, 5, 5, own=own), {"p": 2, "statistic": "sum"}),
         Sample("prime", _pair(3, 5, 7, 11, 13, own=own), {"p": 1}),
+        Sample("whole tiles", _pair(6, 17, 4, 8, own=own), {"p": 1}),
         Sample("one of each", _pair(1, 1, 1, own=own), {"p": 2}),
         Sample("long rows", _pair(2, 3, 3001, own=own), {"p": 1, "statistic": "sum"}),
         Sample("no negatives", _pair(2, 0, 4, 3, own=own), {"p": 1, "statistic": "sum"}),

@@ -5,6 +5,7 @@ twice that of eager torch in the dtype of the inputs."""
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -68,14 +69,51 @@ def contrast() -> dict[str, float]:
     odd = [draw(9, 40), draw(12, 40)]
     odd[0][0, 3], odd[0][1, 4], odd[1][2, 4], odd[1][3, 5] = float("nan"), float("inf"), float("inf"), float("-inf")
     found["not finite"] = error(kdops.pairwise_distance, odd)
-    pair = [draw(16, 90), draw(40, 90)]
+    found["same bits for one gradient"] = same_bits([draw(16, 90), draw(40, 90)])
+    return found
+
+
+def signs_on_tensor_cores() -> dict[str, float]:
+    """Gradients of L1 distances of bfloat16 rows, for which tensor cores add up signs."""
+    os.environ["KDOPS_TENSOR_SIGNS"] = "1"
+    found = {}
+    shapes = ((16, 64, 208), (5, 70, 64), (40, 7, 80), (20, 33, 96), (16, 16, 448))
+    for b, k, features in shapes:
+        x, y = torch.randn(b, features).bfloat16(), torch.randn(k, features).bfloat16()
+        found[f"signs {b} {k} {features}, bfloat16"] = error(kdops.pairwise_distance, [x, y])
+    x, y = (torch.randint(0, 3, (n, 96)).bfloat16() for n in (16, 24))
+    found["signs, ties, bfloat16"] = error(kdops.pairwise_distance, [x, y])
+    same = [torch.full((n, 64), 1.7).bfloat16() for n in (5, 70)]
+    found["signs, nothing but ties"] = error(kdops.pairwise_distance, same)
+    odd = [torch.randn(n, 48).bfloat16() for n in (9, 12)]
+    odd[0][0, 3], odd[0][1, 4], odd[1][2, 4], odd[1][3, 5] = float("nan"), float("inf"), float("inf"), float("-inf")
+    found["signs, not finite, bfloat16"] = error(kdops.pairwise_distance, odd)
+    matched = [torch.randn(3, 8, 2, 4).bfloat16(), torch.randn(3, 7, 8, 2, 4).bfloat16()]
+    found["signs, matched, bfloat16"] = error(kdops.matched_distance, matched)
+    pair = [torch.randn(n, 80).bfloat16() for n in (16, 40)]
+    found["signs, same bits for one gradient"] = same_bits(pair)
+    found["signs, weights"] = error_of_weights(*pair)
+    del os.environ["KDOPS_TENSOR_SIGNS"]
+    return found
+
+
+def error_of_weights(x: Tensor, y: Tensor) -> float:
+    """Of the gradients for float32 weights, beyond their own rounding to bfloat16, over the root of the number of weights."""
+    weights = torch.randn(len(x), len(y))
+    signs = torch.sign(x.double()[:, None] - y.double())
+    exact = ((weights[..., None] * signs).sum(1), -(weights[..., None] * signs).sum(0))
+    mine = torch.ops.kdops.pairwise_distance_backward(weights, x, y, 1, True, True)
+    beyond = ((m.double() - e).abs() - e.abs() * 2**-8 for m, e in zip(mine, exact, strict=True))
+    return max(float(b.max()) for b in beyond) / max(len(x), len(y)) ** 0.5
+
+
+def same_bits(pair: list[Tensor]) -> float:
+    """0 if a gradient does not depend on whether the other one is wanted."""
     both, first, second = (
         results(partial(kdops.pairwise_distance, backend="cpu"), pair, wanted)
         for wanted in ((True, True), (True, False), (False, True))
     )
-    same_bits = torch.equal(both[1], first[1]) and torch.equal(both[2], second[1])
-    found["same bits for one gradient"] = 0.0 if same_bits else 1.0
-    return found
+    return 0.0 if torch.equal(both[1], first[1]) and torch.equal(both[2], second[1]) else 1.0
 
 
 def nss() -> dict[str, float]:
@@ -102,4 +140,4 @@ def nss() -> dict[str, float]:
 if __name__ == "__main__":
     assert Path(kdops.__file__).is_relative_to(Path.cwd()), "this is not the package that was built for the checks"
     torch.manual_seed(0)
-    print(json.dumps(contrast() | nss()))
+    print(json.dumps(contrast() | signs_on_tensor_cores() | nss()))

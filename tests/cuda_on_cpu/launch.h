@@ -25,6 +25,10 @@ struct uint2 {
   unsigned x, y;
 };
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -55,12 +59,15 @@ inline void __syncthreads() {
   gpu::block->arrive_and_wait();
 }
 
+inline void __syncwarp() {
+  gpu::warps[threadIdx.x / 32]->arrive_and_wait();
+}
+
 inline float __shfl_xor_sync(unsigned, float value, int offset) {
-  auto& warp = *gpu::warps[threadIdx.x / 32];
   gpu::exchanged[threadIdx.x] = value;
-  warp.arrive_and_wait();
+  __syncwarp();
   const float other = gpu::exchanged[threadIdx.x ^ offset];
-  warp.arrive_and_wait();
+  __syncwarp();
   return other;
 }
 
@@ -87,6 +94,10 @@ inline cudaStream_t current_stream(const Tensor&) {
 
 inline int64_t multiprocessors(const Tensor&) {
   return 3;
+}
+
+inline int generation(const Tensor&) {
+  return 9;
 }
 
 inline float4* block_memory() {
