@@ -38,6 +38,7 @@ ROUNDS = 5
 SHARED_MEMORY = 227 * 1024
 # A warpgroup of four warps for 64 rows: with two, triton 3.6 lets both do the same products.
 ROWS_AND_WARPS = ((64, 4), (128, 8))
+THREE_PROGRAMS = 168  # registers of a thread that let three programs of four warps share a multiprocessor
 Launch = Callable[[], None]
 
 
@@ -81,9 +82,13 @@ def candidates(op: str, kernel: str, channels: int) -> Iterator[Job]:
     slices = (128, 256, whole) if channels > 256 and load.sums == 1 else (whole,)
     depths = (2, 3, 4) if channels <= 128 else (2, 3)
     orders = ({}, {"late": True}) if kernel in MAYBE_LATE else ({},)
+    if op == "spatial_attention" and channels <= 128:
+        orders = (*orders, {"registers": THREE_PROGRAMS})
     for (rows, warps), columns, stages, piece, order in product(
         ROWS_AND_WARPS, (16, 32, 64, 128), depths, slices, orders
     ):
+        if "registers" in order and warps > 4:
+            continue
         held = 2 * width * (load.rows * rows + load.columns * stages * columns)
         registers = load.sums * rows * min(width, piece) // (32 * warps)  # of a thread
         if held <= SHARED_MEMORY and registers <= 192 and rows * columns >= (2048 if channels <= 256 else 1024):

@@ -21,13 +21,19 @@ class Tile(NamedTuple):
     slice: int = MOST_CHANNELS  # channels of the result that a program sums up: more are shared among several programs
     held: int = MOST_CHANNELS  # channels of the logits on chip: more of them stream through, so many at a time
     late: bool = False  # values that are not the columns are added a tile late, which takes registers
+    registers: int | None = None  # of a thread at most, so that one more program shares a multiprocessor
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What the compiler is told."""
+        return {"num_warps": self.warps} | ({} if self.registers is None else {"maxnreg": self.registers})
 
 
 # For each architecture, sweep and bytes of a number: the tile of up to so many channels. Those of cuda:90 for up to 384 channels of
-# 2 bytes were the fastest of some 12 to 30 each on an H100 or H200; the others are chosen among those that spill fewest registers when
-# compiled (docs/performance/spatial_attention.md). Where a table does not tell variants of a sweep apart, their first word names it. On
-# sm_90 a warpgroup of four warps needs 64 rows of its own: with fewer, triton 3.6 lets both do the same products, and those of float32
-# are wrong.
+# 2 bytes were the fastest of some 12 to 30 each on an H100 or H200 (but for the limit of registers, a prediction); the others are chosen
+# among those that spill fewest registers when compiled (docs/performance/spatial_attention.md). Where a table does not tell variants of a
+# sweep apart, their first word names it. On sm_90 a warpgroup of four warps needs 64 rows of its own: with fewer, triton 3.6 lets both do
+# the same products, and those of float32 are wrong.
 TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
     "cuda": {  # every other GPU of NVIDIA: at most 99 KiB of shared memory, as sm_86, sm_89 and sm_120 have
         ("attend", 2): {
@@ -50,7 +56,7 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
             512: Tile(64, 32, 4, 2, 256),
         },
         ("attend shared", 2): {
-            64: Tile(64, 128, 4, 3),
+            64: Tile(64, 128, 4, 3, registers=168),
             128: Tile(64, 64, 4, 3),
             256: Tile(128, 64, 8, 3),
             384: Tile(128, 32, 8, 3),

@@ -294,7 +294,7 @@ def _launch_attend(
         tile.stages,
         _precision(max(channels, value_channels)),
         tile.late and values is not None and out is not None,
-        num_warps=tile.warps,
+        **tile.options,
         **tiles.OPTIONS,
     )
 
@@ -338,7 +338,7 @@ def _launch_slopes(
         columns.positions % tile.columns == 0,
         tile.stages,
         _precision(max(channels, value_channels)),
-        num_warps=tile.warps,
+        **tile.options,
         **tiles.OPTIONS,
     )
 
