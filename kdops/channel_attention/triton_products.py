@@ -204,9 +204,14 @@ class Tile(NamedTuple):
 RESIDENT = 2  # programs for each multiprocessor are launched at most: all start at once
 
 
+def on_amd() -> bool:
+    """Whether a program has no more than 64 KiB of shared memory, and fewer registers for sums."""
+    return tiles.architecture().startswith("hip")
+
+
 def gram_tile(channels: int, dtype: torch.dtype, grams: int) -> Tile:
     """Small enough that no register spills; of two sizes that one which leaves less of its last block empty."""
-    most = 64 if dtype == torch.float32 or grams > 1 else 128
+    most = 64 if dtype == torch.float32 or grams > 1 or on_amd() else 128
     if dtype == torch.float32 and grams > 1 and tiles.architecture() == "cuda:80":
         most = 32
     largest = min(most, max(16, triton.next_power_of_2(channels)))
@@ -217,7 +222,7 @@ def gram_tile(channels: int, dtype: torch.dtype, grams: int) -> Tile:
     wide = block == 128 or (block == 64 and (grams == 3 or tiles.architecture() in ("cuda:80", "cuda:100")))
     if tiles.architecture() == "cuda:90" and grams == 2 and channels <= block:
         return Tile(block, 128, 64, 4, 3)  # the fastest of 30 on an H200, as that of `mix_tile`
-    return Tile(block, 64, 64, 8 if wide else 4, 4)
+    return Tile(block, 64, 64, 8 if wide else 4, 2 if on_amd() else 4)
 
 
 def mix_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from .. import tiles
 from ..tiles import features
-from .triton_products import store_tile, tile_of
+from .triton_products import on_amd, store_tile, tile_of
 
 CLOSE = 2**-5  # below this part of the target's square, the distance by Grams has lost five bits or more
-MIX = {"BLOCK": 64, "POSITIONS": 32, "num_warps": 8}
 SUMS = {"BLOCK": 32, "POSITIONS": 32, "num_warps": 4}  # with larger blocks registers spill
 
 # --- kernels ----------------------------------------------------------------------------------------------------------------------
@@ -235,7 +234,8 @@ def launch_residual_mix(
 ) -> None:
     batch, heads, r, c = attention.shape
     to = features(out)
-    items = triton.cdiv(c, MIX["BLOCK"]) * triton.cdiv(to.positions, MIX["POSITIONS"])
+    tile = {"BLOCK": 32 if on_amd() else 64, "POSITIONS": 32, "num_warps": 8}
+    items = triton.cdiv(c, tile["BLOCK"]) * triton.cdiv(to.positions, tile["POSITIONS"])
     workers = min(items, triton.cdiv(2 * tiles.multiprocessors(out.device), batch * heads))
     _residual_mix[(batch * heads * workers,)](
         to,
@@ -253,6 +253,6 @@ def launch_residual_mix(
         r,
         c,
         PRECISION=tiles.precision(),
-        **MIX,
+        **tile,
         **tiles.OPTIONS,
     )
