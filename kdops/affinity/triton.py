@@ -116,7 +116,7 @@ class Tile(NamedTuple):
 
 def tile_for(dtype: torch.dtype, *, gradients: bool) -> Tile:
     """Small enough that no register spills."""
-    if dtype == torch.float32 and tiles.architecture() == "cuda:80":  # operands of products lie in registers, three times over
+    if dtype == torch.float32 and tiles.architecture() == "cuda:80":  # operands lie in registers, three times over
         return Tile(32, step_of(dtype), 8, 2) if gradients else Tile(64, step_of(dtype) // 2, 8, 2)
     if dtype == torch.float32:
         return Tile(64, step_of(dtype), 8 if gradients else 4, 2)
