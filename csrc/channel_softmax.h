@@ -19,8 +19,7 @@ KDOPS_CLONED void soften(T* row, int64_t count, T factor, T* scratch) {
   std::fill(scratch + count, scratch + width, kNothing);
   Vector<T> largest = Vector<T>{} + kNothing, sums = {};
   for (int64_t i = 0; i < width; i += kLanes<T>) largest = vector(scratch + i) > largest ? vector(scratch + i) : largest;
-  T maximum = kNothing;
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) maximum = std::max(maximum, largest[lane]);
+  const T maximum = largest_of_lanes<T>(largest);
   for (int64_t i = 0; i < width; i += kLanes<T>) {
     vector(scratch + i) -= maximum;
     exponential(vector(scratch + i));

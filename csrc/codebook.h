@@ -163,13 +163,6 @@ KDOPS_CLONED void block_logits(const T* rows, const Codes<T>& codes, const Sizes
   }
 }
 
-template <typename T>
-KDOPS_INLINE T total(const Vector<T>& lanes) {
-  T sum = 0;
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) sum += lanes[lane];
-  return sum;
-}
-
 // The largest logit of a row. Those of codes that do not exist are then finite, so that a weight of 0 removes them.
 template <typename T>
 KDOPS_INLINE T row_maximum(T* logits, const Sizes& sizes) {
@@ -183,9 +176,7 @@ KDOPS_INLINE T row_maximum(T* logits, const Sizes& sizes) {
     }
   }
   T maximum = kNothing;
-  for (const Vector<T>& lanes : largest) {
-    for (int64_t lane = 0; lane < kLanes<T>; ++lane) maximum = std::max(maximum, lanes[lane]);
-  }
+  for (const Vector<T>& lanes : largest) maximum = std::max(maximum, largest_of_lanes<T>(lanes));
   T* const last = logits + (sizes.code_panels() - 1) * sizes.pitch();
   std::fill(last + (sizes.codes - 1) % kColumns + 1, last + kColumns, std::numeric_limits<T>::lowest());
   return maximum;
@@ -212,9 +203,9 @@ KDOPS_CLONED void block_statistics(T* logits, const Sizes& sizes, int64_t first,
           product_sum += q * x;
         }
       }
-      student_sum += total<T>(p_sum);
-      teacher_sum += total<T>(q_sum);
-      expected += total<T>(product_sum);
+      student_sum += sum_of_lanes<T>(p_sum);
+      teacher_sum += sum_of_lanes<T>(q_sum);
+      expected += sum_of_lanes<T>(product_sum);
     }
     to.student_maximum[first + row] = student_maximum;
     to.student_sum[first + row] = student_sum;

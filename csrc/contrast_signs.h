@@ -16,6 +16,7 @@ namespace {
 constexpr int kSignRows = 16;         // held rows, features of a warp and streamed rows of a step
 constexpr int kSignWarps = 4;         // of a block
 constexpr int kSignThreads = 32 * kSignWarps;
+constexpr int kSignBlocks = 3;        // of a multiprocessor
 constexpr int kSignAhead = 4;         // steps that are in shared memory or on their way, a power of two
 constexpr int kSignSteps = 4;         // whose weights are in shared memory at a time
 
@@ -63,7 +64,7 @@ struct SignSide {
 // Of up to 16 rows of `held` (of all of them, if Streamed) and all rows of `streamed`; blocks take tiles of features in turn,
 // `shares` of them a tile of rows.
 template <bool Held, bool Streamed>
-__global__ void __launch_bounds__(kSignThreads, 3)
+__global__ void __launch_bounds__(kSignThreads, kSignBlocks)
     sign_gradients(SignSide held, SignSide streamed, const float* weights, Problem problem, int shares) {
   __shared__ SignWeights table;
   __shared__ uint4 words[kSignWarps][kSignAhead + 1][32];  // of each warp: steps that were read, and results to be written
@@ -192,10 +193,9 @@ __global__ void __launch_bounds__(kSignThreads, 3)
 }
 
 inline void launch_signs(const SignSide& held, const SignSide& streamed, const Tensor& weight, const Problem& problem) {
-  constexpr int64_t kBlocks = 3;  // of a multiprocessor
   const int64_t tiles = problem.batches * divide_up(held.rows, kSignRows);
   const int64_t shares = std::min(divide_up(problem.features, kSignRows * kSignWarps),
-                                  divide_up(kBlocks * multiprocessors(weight), std::max(tiles, int64_t{1})));
+                                  divide_up(kSignBlocks * multiprocessors(weight), std::max(tiles, int64_t{1})));
   const auto kernel = held.side.gradient == nullptr      ? sign_gradients<false, true>
                       : streamed.side.gradient == nullptr ? sign_gradients<true, false>
                                                           : sign_gradients<true, true>;

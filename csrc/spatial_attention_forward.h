@@ -48,10 +48,7 @@ KDOPS_INLINE void tile_logits(const T* query, const T* keys, int64_t channels, i
       for (int64_t v = 0; v < kVectors<T>; ++v) largest[i] = block.at[i][v] > largest[i] ? block.at[i][v] : largest[i];
     }
   }
-  for (int64_t i = 0; i < kRows; ++i) {
-    maximum[i] = kNothing;
-    for (int64_t lane = 0; lane < kLanes<T>; ++lane) maximum[i] = std::max(maximum[i], largest[i][lane]);
-  }
+  for (int64_t i = 0; i < kRows; ++i) maximum[i] = largest_of_lanes<T>(largest[i]);
 }
 
 // Logits to e^(logit - maximum); `sum` receives the sum of each row.
@@ -69,10 +66,7 @@ KDOPS_INLINE void tile_weights(T* logits, int64_t count, const T* maximum, T* su
       }
     }
   }
-  for (int64_t i = 0; i < kRows; ++i) {
-    sum[i] = 0;
-    for (int64_t lane = 0; lane < kLanes<T>; ++lane) sum[i] += total[i][lane];
-  }
+  for (int64_t i = 0; i < kRows; ++i) sum[i] = sum_of_lanes<T>(total[i]);
 }
 
 // The same for statistics of the columns: e^(logit - statistic).

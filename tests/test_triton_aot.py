@@ -57,28 +57,35 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
     return json.loads(found.read_text())
 
 
-# Of single variants among hundreds: float32 rows that are not aligned; 192 channels, for which a program has sums in two parts; sm_100.
+# Bytes that single variants spill: float32 rows that are not aligned; a program's sums in two parts; tiles that were measured to be the
+# fastest although they spill.
 KNOWN_SPILLS = {
-    ("contrast", "_distances", "float32"): 24,
-    ("affinity", "_tile_gradients", "float32"): 156,
-    ("affinity", "_tile_gradients", "bfloat16"): 8,
+    ("contrast", "_distances", "cuda:90", "float32", None): 24,
+    ("contrast", "_distances", "cuda:80", "float32", None): 8,
+    ("affinity", "_tile_gradients", "cuda:90", "float32", 192): 156,
+    ("affinity", "_tile_gradients", "cuda:100", "bfloat16", 64): 8,
+    **{("spatial_attention", "_slopes", "cuda:90", dtype, 256): 64 for dtype in ("bfloat16", "float16")},
+    **{("spatial_attention", "_attend", "cuda:90", dtype, 384): 32 for dtype in ("bfloat16", "float16")},
 }
 
 
 def spills_allowed(record: dict[str, Any]) -> float:
     """docs/performance/ has what does spill: spatial attention of many 16-bit channels; a few numbers of float32 operands."""
-    known = KNOWN_SPILLS.get((record["op"], record["kernel"], record["dtypes"][0]), SPILLS)
+    variant = (record["op"], record["kernel"], record["target"], record["dtypes"][0], record["constants"].get("C"))
+    return max(KNOWN_SPILLS.get(variant, 0), _spills_of_kernel(record))
+
+
+def _spills_of_kernel(record: dict[str, Any]) -> float:
     if record["op"] not in ("channel_attention", "codebook", "spatial_attention") or record["kernel"] == "_delta":
-        return known
+        return SPILLS
     if record["dtypes"][0] == "float32":
         return 64
     if record["kernel"] in ("_sweep", "_slopes") and (record["op"], record["target"]) == ("codebook", "cuda:90"):
         return 128  # measured: with a few numbers spilled its tiles are faster than the largest that spill none
     if record["kernel"] == "_mix" and record["target"] == "cuda:90" and not record["constants"]["WHOLE"]:
         return 128  # measured likewise: 0.74 ms with 96 bytes spilled, 1.03 ms with none
-    most = (
-        255 if record["target"] == "cuda:90" else 192
-    )  # from 256 channels on the tiles of sm_90 are the fastest, measured
+    hopper, own = record["target"] == "cuda:90", {"values", "row_values"} & set(record["absent"])
+    most = 192 if not hopper else 512 if own and record["kernel"] == "_attend" else 256
     return float("inf") if record["op"] == "spatial_attention" and record["constants"]["C"] > most else SPILLS
 
 

@@ -4,6 +4,7 @@
 // of the other.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "simd.h"
@@ -76,6 +77,13 @@ KDOPS_INLINE T sum_of_lanes(const Vector<T>& values) {
   T sum = 0;
   for (int64_t lane = 0; lane < kLanes<T>; ++lane) sum += values[lane];
   return sum;
+}
+
+template <typename T>
+KDOPS_INLINE T largest_of_lanes(const Vector<T>& values) {
+  T largest = values[0];
+  for (int64_t lane = 1; lane < kLanes<T>; ++lane) largest = std::max(largest, values[lane]);
+  return largest;
 }
 
 // sums[i, :] += sum over o < outer and j < Inner of a[o * outer_stride + i * RowStride + j] * b[(o * Inner + j) * 16 +
