@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -62,6 +63,8 @@ def resume(path: Path, overrides: Sequence[str] = (), console: Console | None = 
 def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console, *, resuming: bool) -> Path:
     fabric = make_fabric(config.train)
     fabric.launch()
+    if torch.distributed.is_initialized():
+        atexit.register(_leave_processes)
     for _, stage in stages(config):
         share = fabric.world_size * stage.train.accumulate
         if stage.data.batch % share:
@@ -96,6 +99,12 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
     finally:
         folder.close()
     return folder.path
+
+
+def _leave_processes() -> None:
+    """Closes the connections to other processes: threads that still serve them when Python is gone can abort the process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def summary(config: Config, fabric: Fabric, folder: RunFolder) -> str:

@@ -89,6 +89,22 @@ def test_two_processes_fail_together(tmp_path: Path) -> None:
     assert second.stderr.count("holds a run already") == 1
 
 
+def test_processes_leave_each_other_before_they_end(tmp_path: Path) -> None:
+    """Also when they fail: threads of a group that is still open can abort a process at its end (exit code -6 and not 2)."""
+    config, script = write_tiny(tmp_path), tmp_path / "train.py"
+    assert main(["train", str(config)]) == 0
+    script.write_text(
+        "import atexit, sys, torch\n"
+        "from trainers.cli import main\n"
+        "atexit.register(lambda: print('open' if torch.distributed.is_initialized() else 'closed'))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, str(script), "train", str(config), "--set", "train.devices=2"]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert second.returncode == 2
+    assert second.stdout.split() == ["closed", "closed"]
+
+
 def test_data_workers_change_nothing(tmp_path: Path) -> None:
     config = write_tiny(tmp_path)
     assert main(["train", str(config)]) == 0
