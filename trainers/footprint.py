@@ -73,7 +73,7 @@ class StepCosts:
     seconds: float
     """Of the whole step."""
     small: int = 0
-    """Most bytes alive at once in storages that the process keeps when they die, so that holes come between them: live_bytes.HEAP."""
+    """Most bytes alive at once in storages that the process keeps when they die, so that holes come between them: memory.KEPT."""
 
     def parts(self) -> dict[str, Cost]:
         """Name -> cost of every network and loss term, in the order of a step."""

@@ -20,6 +20,7 @@ from trainers.ema import EMA
 from trainers.errors import InputError
 from trainers.events import Events
 from trainers.loop import Loop
+from trainers.memory import keep_memory, memory_given_back
 from trainers.networks import placed
 from trainers.progress import TrainingProgress
 from trainers.randomness import seed_everything
@@ -63,6 +64,8 @@ def resume(path: Path, overrides: Sequence[str] = (), console: Console | None = 
 def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console, *, resuming: bool) -> Path:
     fabric = make_fabric(config.train)
     fabric.launch()
+    if fabric.device.type == "cpu":
+        keep_memory()
     if torch.distributed.is_initialized():
         atexit.register(_leave_processes)
     for _, stage in stages(config):
@@ -94,7 +97,8 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
         result = loop.result()
         if fabric.is_global_zero:
             position = loop.position
-            write_results(loop.validation, result, folder, seconds=position.seconds, best=position.best)
+            with memory_given_back():
+                write_results(loop.validation, result, folder, seconds=position.seconds, best=position.best)
         fabric.barrier()
     finally:
         folder.close()

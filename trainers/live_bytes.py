@@ -20,12 +20,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from kdops.dispatch import SPECS, OpSpec, size
+from trainers.memory import KEPT
 
 BALANCE = 10  # FLOPs that a machine does while it moves one byte: CPUs and GPUs have 5 to 30
 NOBODY = -1
-HEAP = (
-    2**25
-)  # bytes; glibc takes larger blocks from the system and gives them back, and keeps smaller ones for the process
 
 
 class LiveBytes(TorchDispatchMode):
@@ -36,7 +34,7 @@ class LiveBytes(TorchDispatchMode):
         self.current = 0
         self.peak = 0
         self.work = 0.0
-        self.small = self.small_peak = 0  # of storages below HEAP alone
+        self.small = self.small_peak = 0  # of storages that the process keeps alone
         self.owner = NOBODY
         self.owned: Counter[int] = Counter()  # owner -> bytes alive that were made while it was set
         self._known: set[int] = set()
@@ -65,7 +63,7 @@ class LiveBytes(TorchDispatchMode):
         self._known.add(key)
         self.current += size
         self.owned[self.owner] += size
-        self.small += size * (size < HEAP)
+        self.small += size * (size < KEPT)
         self.small_peak = max(self.small_peak, self.small)
         weakref.finalize(storage, self._freed, key, size, self.owner)
 
@@ -73,7 +71,7 @@ class LiveBytes(TorchDispatchMode):
         self._known.discard(key)
         self.current -= size
         self.owned[owner] -= size
-        self.small -= size * (size < HEAP)
+        self.small -= size * (size < KEPT)
 
 
 @dataclass(frozen=True)

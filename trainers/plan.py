@@ -28,6 +28,7 @@ import kdops
 from trainers.config import Config, contradictions
 from trainers.errors import InputError
 from trainers.footprint import Cost, StepCosts, step_costs
+from trainers.memory import keep_memory
 from trainers.methods import Batch
 from trainers.step import TrainStep
 
@@ -369,9 +370,10 @@ def _child() -> None:
 
 
 def given(job: dict[str, Any]) -> tuple[Config, Point, TrainStep, Callable[[], None]]:
-    """Config, point and TrainStep of a job for `in_child`, and what makes a training step."""
+    """Config, point and TrainStep of a job for `in_child`, and what makes a training step; memory is kept as in training."""
     from trainers.launch import make_optimizer
 
+    keep_memory()
     config, point = Config.model_validate(job["config"]), Point(**job["point"])
     train_step = build(config, point.recompute)
     optimizer = make_optimizer(config.train, train_step)

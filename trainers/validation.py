@@ -16,6 +16,7 @@ from trainers.config import Config
 from trainers.data.images import write_png
 from trainers.data.sets import ValPair, open_val_set
 from trainers.evaluate import baseline, count_macs, count_parameters, evaluate
+from trainers.memory import memory_given_back
 from trainers.metrics import PROTOCOLS
 from trainers.run_folder import RunFolder, environment
 
@@ -33,14 +34,15 @@ class Validation:
     def __call__(self, network: Callable[[Tensor], Tensor]) -> list[dict[str, Any]]:
         """[{"set", "protocol", "psnr", "ssim", "per_image"}], in the order of the config."""
         protocol = self.config.val.protocol
-        return [
-            {
-                "set": name,
-                "protocol": protocol,
-                **evaluate(network, pairs, PROTOCOLS[protocol], self.config.scale, self.device),
-            }
-            for name, pairs in self.sets.items()
-        ]
+        with memory_given_back():
+            return [
+                {
+                    "set": name,
+                    "protocol": protocol,
+                    **evaluate(network, pairs, PROTOCOLS[protocol], self.config.scale, self.device),
+                }
+                for name, pairs in self.sets.items()
+            ]
 
     def scores(self, network: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Any]]:
         """Set name -> {"psnr", "ssim", "per_image"}."""
