@@ -251,7 +251,8 @@ KDOPS_INLINE double residual_tile(const T* matrix, int64_t channels, const T* ti
                      add(block, wanted, T(-1));
                      use(i, t, block);
                      Vector<T> squares = {};
-                     for (int64_t row = 0; row < kRows; ++row) {
+                     // Rows that do not exist are 0 times the tile, which is NaN where that holds infinities.
+                     for (int64_t row = 0; row < std::min(kRows, target.channels - i); ++row) {
                        for (int64_t v = 0; v < kVectors<T>; ++v) squares += block.at[row][v] * block.at[row][v];
                      }
                      sum += sum_of_lanes<T>(squares);

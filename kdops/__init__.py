@@ -5,6 +5,7 @@ Importing never needs a GPU, triton or a compiler. What runs where is said by `i
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import nn
 from .affinity import affinity_distance
 from .channel_attention import channel_attention, channel_attention_distance
 from .codebook import codebook_cross_entropy
@@ -33,6 +34,7 @@ __all__ = [
     "info",
     "matched_distance",
     "mscn",
+    "nn",
     "pairwise_distance",
     "piqe",
     "spatial_attention",

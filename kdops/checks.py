@@ -5,13 +5,18 @@ A message is put together only where it is raised: torch.compile(fullgraph=True)
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 STATISTICS = ("mean", "sum")
 REDUCTIONS = ("mean", "sum", "none")
+
+Choice = TypeVar("Choice")
 
 
 def describe(t: Tensor) -> str:
@@ -43,7 +48,8 @@ def tensors(op: str, **given: object) -> None:
 
 def autocasting(t: Tensor) -> bool:
     """Whether torch.autocast is on for the device of `t`."""
-    return torch.is_autocast_enabled(t.device.type)
+    kind = t.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # there is none for meta tensors
 
 
 def for_distance(*given: Tensor) -> tuple[Tensor, ...]:
@@ -63,7 +69,33 @@ def for_attention(*given: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) for t in given)
 
 
-def choice(op: str, name: str, value: object, allowed: Sequence[object]) -> None:
-    """ValueError unless `value` is among `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{op}: {name} is {value!r}, but it must be one of {', '.join(map(repr, allowed))}.")
+def choice(op: str, name: str, value: object, allowed: Sequence[Choice]) -> Choice:
+    """The one of `allowed` that equals `value` (1 for 1.0); ValueError if none does."""
+    for candidate in allowed:
+        if isinstance(value, (int, float, str, numbers.Real)) and value == candidate:
+            return candidate
+    raise ValueError(f"{op}: {name} is {value!r}, but it must be one of {', '.join(map(repr, allowed))}.")
+
+
+def number(op: str, name: str, value: object) -> float:
+    """`value` as a number; TypeError for anything else, tensors above all: they would get no gradient."""
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, Tensor):
+        raise TypeError(
+            f"{op}: {name} is a tensor, but it must be a number: no gradient flows to it. Pass {name}.item(), or, to learn it, "
+            "multiply the features by it."
+        )
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} is {value!r}, but it must be a number.")
+    return float(value)
+
+
+def whole(op: str, name: str, value: object) -> int:
+    """`value` as an int; TypeError for anything else."""
+    if isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)  # type: ignore[arg-type]  # which is asked here
+    except TypeError:
+        raise TypeError(f"{op}: {name} is {value!r}, but it must be a whole number.") from None

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from . import checks
+
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 
 # The order in which `auto` tries them. Triton on a CPU is its interpreter, made for tests: it runs only when asked for by name.
@@ -102,12 +104,12 @@ class OpSpec:
         return any(b.name == name for b in self.backends)
 
     def backend(self, name: str) -> Backend:
-        """The backend called `name`; ValueError when this op has none of that name."""
+        """The backend called `name`; RuntimeError when this op has none of that name."""
         for candidate in self.backends:
             if candidate.name == name:
                 return candidate
         have = ", ".join(b.name for b in self.backends)
-        raise ValueError(f"{self.name} has no backend {name!r}: it has {have}. Pass one of them, or 'auto'.")
+        raise RuntimeError(f"{self.name} has no backend {name!r}: it has {have}. Pass one of them, or 'auto'.")
 
 
 def size(*tensors: Tensor) -> int:
@@ -133,7 +135,7 @@ def _check_name(name: str, where: str) -> str:
     return name
 
 
-_DEFAULT = _check_name(os.environ.get("KDOPS_BACKEND", "auto"), "The environment variable KDOPS_BACKEND")
+_DEFAULT = _check_name(os.environ.get("KDOPS_BACKEND") or "auto", "The environment variable KDOPS_BACKEND")
 
 
 class _Selection(threading.local):
@@ -169,7 +171,7 @@ def choose(name: str, tensors: Sequence[Tensor], requested: str = "auto") -> Bac
 
     Raises:
         ValueError: no such backend.
-        RuntimeError: the requested backend cannot run, with its reason.
+        RuntimeError: the op has no such backend, or it cannot run, with its reason.
     """
     spec = SPECS[name]
     requested = _check_name(requested, "backend")
@@ -187,15 +189,15 @@ def choose(name: str, tensors: Sequence[Tensor], requested: str = "auto") -> Bac
     for candidate in spec.preference.get(tensors[0].device.type, ELSEWHERE):
         if spec.has(candidate) and (chosen := spec.backend(candidate)).supports(tensors) is None:
             return chosen
-    raise RuntimeError(f"{name}: no backend can run on {tensors[0].device} with {tensors[0].dtype}.")
+    raise RuntimeError(f"{name}: no backend can run, and the reference cannot because {supports_reference(tensors)}.")
 
 
 def implementation(name: str, tensors: Sequence[Tensor], requested: str = "auto") -> Callable[..., Any]:
     """What public functions call: `run` of the backend that `choose` gives."""
     chosen = choose(name, tensors, requested)
     if chosen.name != "reference":
-        _refuse_forward_mode(name, chosen.name, tensors)
-    elif torch.is_autocast_enabled(tensors[0].device.type):
+        _refuse_transforms(name, chosen.name, tensors)
+    elif checks.autocasting(tensors[0]):
         return _as_given(chosen.run, tensors[0].device.type)
     return chosen.run
 
@@ -210,13 +212,19 @@ def _as_given(run: Callable[..., Any], device: str) -> Callable[..., Any]:
     return call
 
 
-def _refuse_forward_mode(name: str, chosen: str, tensors: Sequence[Tensor]) -> None:
+def _refuse_transforms(name: str, chosen: str, tensors: Sequence[Tensor]) -> None:
     # A registered op without a forward-mode formula would drop the tangent without a word.
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
-        return
-    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if torch.autograd.forward_ad._current_level >= 0 and (
+        torch.compiler.is_compiling()  # which cannot look for tangents
+        or any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    ):
         raise NotImplementedError(
             f"{name}: backend {chosen!r} has no forward-mode derivative; pass backend='reference' for torch.func.jvp and dual tensors."
+        )
+    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_functorch_wrapped_tensor, tensors)):
+        raise NotImplementedError(
+            f"{name}: backend {chosen!r} has no rules for torch.func (grad, jacrev, vmap ...); pass backend='reference', or use "
+            "torch.autograd."
         )
 
 
@@ -289,6 +297,8 @@ TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 def _unsupported(tensors: Sequence[Tensor], device: str, dtypes: Sequence[torch.dtype]) -> str | None:
     for t in tensors:
+        if t.layout != torch.strided:
+            return f"a tensor has the layout {t.layout} and this backend needs dense ones: convert it with .to_dense()"
         if t.device.type != device:
             return f"a tensor is on {t.device} and this backend needs {device}"
         if t.is_floating_point() and t.dtype not in dtypes:
@@ -317,8 +327,8 @@ def supports_triton(tensors: Sequence[Tensor]) -> str | None:
 
 
 def supports_reference(tensors: Sequence[Tensor]) -> str | None:
-    """Eager torch takes what torch takes."""
-    return None
+    """Eager torch takes dense tensors of the dtypes that it can compute with, on any device."""
+    return _unsupported(tensors, tensors[0].device.type, FLOATING)
 
 
 def info() -> dict[str, Any]:

@@ -15,7 +15,14 @@ from .nss import brisque_features, mscn, piqe
 from .spatial_attention import spatial_attention
 
 
-class PairwiseDistance(nn.Module):
+class Op(nn.Module):
+    """What all have in common: they show their options when they are printed."""
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k != "training" and not k.startswith("_"))
+
+
+class PairwiseDistance(Op):
     """`kdops.pairwise_distance` as a module: (B, *F), (K, *F) -> (B, K)."""
 
     def __init__(self, *, p: int = 1, statistic: str = "mean", backend: str = "auto") -> None:
@@ -26,7 +33,7 @@ class PairwiseDistance(nn.Module):
         return pairwise_distance(x, y, p=self.p, statistic=self.statistic, backend=self.backend)
 
 
-class MatchedDistance(nn.Module):
+class MatchedDistance(Op):
     """`kdops.matched_distance` as a module: (B, *F), (B, K, *F) -> (B, K)."""
 
     def __init__(self, *, p: int = 1, statistic: str = "mean", backend: str = "auto") -> None:
@@ -37,7 +44,7 @@ class MatchedDistance(nn.Module):
         return matched_distance(anchor, others, p=self.p, statistic=self.statistic, backend=self.backend)
 
 
-class ContrastiveRatio(nn.Module):
+class ContrastiveRatio(Op):
     """`kdops.contrastive_ratio` as a module: anchor (B, *F), positive (B, *F), negatives (K, *F) or (B, K, *F) -> scalar or (B,)."""
 
     def __init__(
@@ -60,7 +67,7 @@ class ContrastiveRatio(nn.Module):
         )
 
 
-class SpatialAttention(nn.Module):
+class SpatialAttention(Op):
     """`kdops.spatial_attention` as a module: query (B, C, *Sq), key (B, C, *Sk), value (B, Cv, *Sk) -> (B, Cv, *Sq)."""
 
     def __init__(self, *, scale: float | None = None, normalize: str = "key", backend: str = "auto") -> None:
@@ -71,7 +78,7 @@ class SpatialAttention(nn.Module):
         return spatial_attention(query, key, value, scale=self.scale, normalize=self.normalize, backend=self.backend)
 
 
-class ChannelAttention(nn.Module):
+class ChannelAttention(Op):
     """`kdops.channel_attention` as a module: query (B, Cq, *Sq), key (B, Ck, *Sk), value (B, Ck, *S) -> (B, Cq, *S)."""
 
     def __init__(self, *, scale: float | None = None, heads: int = 1, backend: str = "auto") -> None:
@@ -82,7 +89,7 @@ class ChannelAttention(nn.Module):
         return channel_attention(query, key, value, scale=self.scale, heads=self.heads, backend=self.backend)
 
 
-class ChannelAttentionDistance(nn.Module):
+class ChannelAttentionDistance(Op):
     """`kdops.channel_attention_distance` as a module: the same and target (B, Cq, *S) -> (B,)."""
 
     def __init__(
@@ -104,7 +111,7 @@ class ChannelAttentionDistance(nn.Module):
         )
 
 
-class AffinityDistance(nn.Module):
+class AffinityDistance(Op):
     """`kdops.affinity_distance` as a module: student (B, Cs, *S), teacher (B, Ct, *S) -> (B,)."""
 
     def __init__(self, *, p: int = 1, statistic: str = "mean", eps: float = 1e-8, backend: str = "auto") -> None:
@@ -117,7 +124,7 @@ class AffinityDistance(nn.Module):
         )
 
 
-class CodebookCrossEntropy(nn.Module):
+class CodebookCrossEntropy(Op):
     """`kdops.codebook_cross_entropy` as a module: student, teacher (B, D, *S) or (M, D), codebook (K, D) -> scalar, or (B, *S) or (M,)."""
 
     def __init__(self, *, temperature: float = 1.0, reduction: str = "mean", backend: str = "auto") -> None:
@@ -135,7 +142,7 @@ class CodebookCrossEntropy(nn.Module):
         )
 
 
-class GaussianDistance(nn.Module):
+class GaussianDistance(Op):
     """`kdops.gaussian_distance` as a module: x and y (B, *F) -> scalar or (B,), or lists of T taps -> (T,) or (T, B)."""
 
     def __init__(
@@ -155,7 +162,7 @@ class GaussianDistance(nn.Module):
         )
 
 
-class MSCN(nn.Module):
+class MSCN(Op):
     """`kdops.mscn` as a module: image (B, C, H, W) -> normalised, local_std, each (B, C, H, W)."""
 
     def __init__(
@@ -174,7 +181,7 @@ class MSCN(nn.Module):
         return mscn(image, window=self.window, sigma=self.sigma, c=self.c, padding=self.padding, backend=self.backend)
 
 
-class BrisqueFeatures(nn.Module):
+class BrisqueFeatures(Op):
     """`kdops.brisque_features` as a module: luma (B, 1, H, W) in 0..255 -> (B, 36)."""
 
     def __init__(self, *, backend: str = "auto") -> None:
@@ -185,7 +192,7 @@ class BrisqueFeatures(nn.Module):
         return brisque_features(image, backend=self.backend)
 
 
-class PIQE(nn.Module):
+class PIQE(Op):
     """`kdops.piqe` as a module: grey (B, 1, H, W) -> score (B,) and the masks artifact, noise, activity."""
 
     def __init__(self, *, backend: str = "auto") -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kdops
@@ -93,3 +99,164 @@ def test_import_is_light() -> None:
     code = "import sys, kdops; print([m for m in ('triton', 'torchvision', 'lightning_fabric', 'pydantic', 'einops') if m in sys.modules])"
     plain = python("import sys, torch; print([m for m in ('triton', 'torchvision') if m in sys.modules])")
     assert python(code).stdout == plain.stdout == "[]\n"
+
+
+def test_an_empty_default_is_none() -> None:
+    assert python("import kdops; print(kdops.info()['default_backend'])", KDOPS_BACKEND="").stdout.strip() == "auto"
+
+
+def test_a_backend_that_an_op_lacks_is_said() -> None:
+    x = torch.zeros(2, 3)
+    with kdops.backend("cuda"):
+        with pytest.raises(RuntimeError, match="has no backend 'cuda'"):
+            kdops.gaussian_distance(x, x)
+        assert "reference" in kdops.explain("gaussian_distance", x, x)
+
+
+def test_meta_tensors_take_the_reference() -> None:
+    x = torch.zeros(3, 5, device="meta")
+    assert kdops.pairwise_distance(x, x).shape == (3, 3)
+
+
+def test_other_layouts_and_dtypes_are_refused_with_the_reason() -> None:
+    x = torch.eye(3)
+    for given, why in ((x.to_sparse(), r"\.to_dense\(\)"), (x.to(torch.float8_e4m3fn), "float8_e4m3fn is not among")):
+        assert not any(
+            verdict.startswith("yes") for verdict in kdops.explain("pairwise_distance", given, given).values()
+        )
+        with pytest.raises(RuntimeError, match=why):
+            kdops.pairwise_distance(given, given)
+
+
+def test_modules_are_found_and_show_their_options() -> None:
+    assert repr(kdops.nn.PairwiseDistance(p=2)) == "PairwiseDistance(p=2, statistic='mean', backend='auto')"
+
+
+# --- options -----------------------------------------------------------------------------------------------------------------------
+
+MAPS = torch.ones(1, 4, 3, 3)
+SCALARS = {
+    "pairwise_distance": {},
+    "matched_distance": {},
+    "contrastive_ratio": {"eps": 0.5},
+    "spatial_attention": {"scale": 0.5},
+    "channel_attention": {"scale": 0.5},
+    "channel_attention_distance": {"scale": 0.5},
+    "affinity_distance": {"eps": 0.5},
+    "gaussian_distance": {"sigma": 0.5},
+    "codebook_cross_entropy": {"temperature": 0.5},
+    "mscn": {"sigma": 0.5, "c": 0.5},
+    "brisque_features": {},
+    "piqe": {},
+}
+WHOLE = {"pairwise_distance": "p", "affinity_distance": "p", "channel_attention": "heads", "mscn": "window"}
+
+
+def arguments(name: str) -> list[Tensor]:
+    count = sum(p.kind is not p.KEYWORD_ONLY for p in inspect.signature(SPECS[name].function).parameters.values())
+    given = [MAPS] * count
+    return given if name != "codebook_cross_entropy" else [MAPS, MAPS, torch.ones(2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name, options in SCALARS.items() for option in options]
+)
+def test_a_number_is_no_tensor(name: str, option: str) -> None:
+    """A learned one would get no gradient, without a word; numbers of numpy are numbers."""
+    call, value = partial(SPECS[name].function, *arguments(name)), SCALARS[name][option]
+    for wrong, why in ((torch.nn.Parameter(torch.tensor(value)), "is a tensor"), ("a", "must be a number")):
+        with pytest.raises((TypeError, ValueError), match=why):
+            call(**{option: wrong})
+    torch.testing.assert_close(call(**{option: np.float32(value)}), call(**{option: value}))
+
+
+def test_every_number_was_tried() -> None:
+    for name, spec in SPECS.items():
+        floats = {k for k, p in inspect.signature(spec.function).parameters.items() if "float" in str(p.annotation)}
+        assert floats == set(SCALARS[name])
+
+
+@pytest.mark.parametrize(("name", "option"), WHOLE.items())
+def test_a_whole_number_is_one(name: str, option: str) -> None:
+    call = partial(SPECS[name].function, *([MAPS.flatten(1)] * 2 if name == "pairwise_distance" else arguments(name)))
+    torch.testing.assert_close(call(**{option: np.int64(1)}), call(**{option: 1}))
+    with pytest.raises((TypeError, ValueError), match=f"{option} is 1.5, but it must be"):
+        call(**{option: 1.5})
+
+
+# --- transforms --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.vmap], ids=lambda t: t.__name__)
+def test_transforms_want_the_reference(transform: Callable[..., Any]) -> None:
+    x, y = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+
+    def of(backend: str) -> Tensor:
+        if transform is torch.vmap:
+            result: Tensor = torch.vmap(lambda a, b: kdops.pairwise_distance(a, b, backend=backend))(x, y)
+            return result
+        result = transform(lambda a: kdops.pairwise_distance(a, y[0], backend=backend).sum())(x[0])
+        return result
+
+    with pytest.raises(NotImplementedError, match=r"no rules for torch\.func"):
+        of("cpu")
+    assert of("reference").isfinite().all()
+
+
+def test_forward_mode_is_refused_in_compiled_code_too() -> None:
+    """A compiled graph would drop the tangent without a word."""
+    x = torch.randn(1, 4, 3)
+    compiled = torch.compile(lambda a: kdops.affinity_distance(a, a), fullgraph=True, backend="aot_eager")
+    before = compiled(x)
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(torch._dynamo.exc.Unsupported, match="NotImplementedError"),
+    ):
+        compiled(torch.autograd.forward_ad.make_dual(x, x))
+    assert torch.equal(compiled(x), before)
+
+
+@pytest.mark.parametrize("module", [kdops.nn.MSCN(), kdops.nn.BrisqueFeatures()], ids=lambda m: type(m).__name__)
+def test_sizes_of_images_stay_free_in_exported_programs(module: torch.nn.Module) -> None:
+    dynamic = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(module, (torch.rand(2, 1, 48, 40),), dynamic_shapes=(dynamic,))
+    image = torch.rand(3, 1, 64, 56)
+    torch.testing.assert_close(program.module()(image), module(image))
+
+
+@pytest.mark.parametrize(
+    "module", [kdops.nn.AffinityDistance(p=1), kdops.nn.ChannelAttention()], ids=lambda m: type(m).__name__
+)
+def test_sizes_of_maps_stay_free_in_exported_programs(module: torch.nn.Module) -> None:
+    dynamic = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    count = 3 if isinstance(module, kdops.nn.ChannelAttention) else 2
+    program = torch.export.export(
+        module, tuple(torch.randn(2, 4, 7, 9) for _ in range(count)), dynamic_shapes=(dynamic,) * count
+    )
+    given = [torch.randn(3, 4, 6, 5) for _ in range(count)]
+    torch.testing.assert_close(program.module()(*given), module(*given))
+
+
+# --- threads -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_sums_over_many_positions_have_the_same_bits_for_any_number_of_threads(threads: None) -> None:
+    """More than torch sums on one thread, and float64 Grams, whose last bit MKL changes."""
+    generator = torch.Generator().manual_seed(0)
+    student, codes = torch.randn(40000, 8, generator=generator), torch.randn(64, 8, generator=generator)
+    anchors = torch.randn(70000, 2, generator=generator)
+    maps = [torch.randn(3, c, 2000, generator=generator).double() for c in (16, 64)]
+    found = set()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        cross_entropy = kdops.codebook_cross_entropy(student, student.flip(0), codes)
+        ratio = kdops.contrastive_ratio(anchors, anchors.flip(0), anchors[:2])
+        found.add((cross_entropy.item(), ratio.item(), *kdops.affinity_distance(*maps, p=2).tolist()))
+    assert len(found) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from torch import Tensor
 
 from .. import checks, dispatch
@@ -45,24 +47,25 @@ def affinity_distance(
     """
     op = "affinity_distance"
     checks.tensors(op, student=student, teacher=teacher)
-    checks.choice(op, "p", p, (1, 2))
+    p = checks.choice(op, "p", p, (1, 2))
     checks.choice(op, "statistic", statistic, checks.STATISTICS)
     if not 3 <= student.ndim <= 5 or student.shape[:1] + student.shape[2:] != teacher.shape[:1] + teacher.shape[2:]:
         raise ValueError(
             f"{op}: student {checks.describe(student)} and teacher {checks.describe(teacher)}, but they must be (B, Cs, *spatial) and "
             "(B, Ct, *spatial) with the same B and one to three equal spatial axes."
         )
-    if student.shape[1:].numel() == 0 or teacher.shape[1] == 0:
+    if prod(student.shape[1:]) == 0 or teacher.shape[1] == 0:
         raise ValueError(
             f"{op}: student {checks.describe(student)} and teacher {checks.describe(teacher)}, but they must be of at least one channel "
             "and one position."
         )
+    eps = checks.number(op, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{op}: eps is {eps}, but it must be a number of at least 0.")
     student, teacher = checks.for_distance(student, teacher)
     distance: Tensor = dispatch.implementation(op, (student, teacher), backend)(student, teacher, p, eps)
     if statistic == "mean":
-        distance = distance / student.shape[2:].numel() ** 2
+        distance = distance / prod(student.shape[2:]) ** 2
     return distance.to(student.dtype)
 
 

@@ -2,7 +2,8 @@
 
 By tiles, in C++ (csrc/affinity.cpp): O(N^2 C), each tile of the N x N matrices made, used and forgotten in cache.
 
-By Grams (p=2, many positions): O(N C^2), by torch's matrix products over strips of columns. With S and T the normalised columns of student
+By Grams (p=2, many positions): O(N C^2), by the matrix products of channel attention over strips of columns (those of torch's library
+have other bits for other numbers of threads). With S and T the normalised columns of student
 and teacher, the distance is ||S S^T||^2 - 2 ||S T^T||^2 + ||T T^T||^2 and its gradient 4 (S S^T S - S T^T T). Both are small differences of
 large numbers where the networks agree, hence float64: features that differ by 1e-4 still leave eight digits, and equal ones give 0.
 """
@@ -14,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..channel_attention.cpu import gram, mixed
 from ..layout import GradientColumns
 from ..registration import LIBRARY, accumulator, op
 from .spec import by_grams
@@ -124,9 +126,8 @@ def _grams(student: Tensor, teacher: Tensor, eps: float) -> Tensor:
     grams = student.new_zeros((student.shape[0], channels, channels), dtype=torch.float64)
     ss, st, tt = _blocks(grams, student)
     for _, s, t in _strips(student, teacher, eps):
-        ss.baddbmm_(s.hat, s.hat.mT)
-        st.baddbmm_(s.hat, t.hat.mT)
-        tt.baddbmm_(t.hat, t.hat.mT)
+        for block, x, y in ((ss, s, s), (st, s, t), (tt, t, t)):
+            block += gram(x.hat, y.hat)
     return grams
 
 
@@ -140,8 +141,9 @@ def _backward_by_grams(
     of_teacher: GradientColumns,
 ) -> None:
     ss, st, tt = _blocks(grams, student)
+    minus = -st
     for strip, s, t in _strips(student, teacher, eps):
         if of_student.needed:
-            s.gradient((ss @ s.hat).sub_(st @ t.hat), factor, of_student.columns[..., strip])
+            s.gradient(mixed(ss, s.hat, minus, t.hat), factor, of_student.columns[..., strip])
         if of_teacher.needed:
-            t.gradient((tt @ t.hat).sub_(st.mT @ s.hat), factor, of_teacher.columns[..., strip])
+            t.gradient(mixed(tt, t.hat, minus.mT, s.hat), factor, of_teacher.columns[..., strip])

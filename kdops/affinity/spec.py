@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ NO_DOUBLE_BACKWARD = (
 
 def by_grams(student: Tensor, teacher: Tensor, p: int) -> bool:
     """Whether p=2 goes by C x C Gram matrices in float64 or, as p=1, by N x N tiles: which costs less."""
-    return p == 2 and student.shape[2:].numel() > 2 * (student.shape[1] + teacher.shape[1])
+    return p == 2 and prod(student.shape[2:]) > 2 * (student.shape[1] + teacher.shape[1])
 
 
 def _fake_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -82,7 +83,7 @@ def _bytes(student: Tensor, teacher: Tensor, *, backward: bool = False, **kwargs
 
 
 def _flops(student: Tensor, teacher: Tensor, *, p: int = 1, backward: bool = False, **kwargs: Any) -> int:
-    batch, positions = student.shape[0], student.shape[2:].numel()
+    batch, positions = student.shape[0], prod(student.shape[2:])
     channels = student.shape[1] + teacher.shape[1]
     wanted = sum(t.shape[1] for t in (student, teacher) if t.requires_grad)
     if by_grams(student, teacher, p):  # three Grams, of which backward applies two to each
@@ -93,7 +94,7 @@ def _flops(student: Tensor, teacher: Tensor, *, p: int = 1, backward: bool = Fal
 
 
 def _scratch_bytes(student: Tensor, teacher: Tensor, *, p: int = 1, backward: bool = False, **kwargs: Any) -> int:
-    positions, channels = student.shape[2:].numel(), student.shape[1] + teacher.shape[1]
+    positions, channels = prod(student.shape[2:]), student.shape[1] + teacher.shape[1]
     if by_grams(student, teacher, p):
         return 8 * student.shape[0] * channels**2 + 8 * 2**20  # the Grams and some strips
     # Normalised columns of both, packed for either side of a tile; in backward also as values, beside the sums and their gradient.

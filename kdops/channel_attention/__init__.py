@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from torch import Tensor
 
 from .. import checks, dispatch
@@ -44,6 +46,7 @@ def channel_attention(
     """
     op = "channel_attention"
     checks.tensors(op, query=query, key=key, value=value)
+    scale, heads = _check_options(op, scale, heads)
     _check_shapes(op, query, key, value, heads)
     shared = value is key
     query, key, value = checks.for_attention(query, key, value)
@@ -88,6 +91,7 @@ def channel_attention_distance(
     op = "channel_attention_distance"
     checks.tensors(op, query=query, key=key, value=value, target=target)
     checks.choice(op, "statistic", statistic, checks.STATISTICS)
+    scale, heads = _check_options(op, scale, heads)
     _check_shapes(op, query, key, value, heads)
     if target.shape != query.shape[:2] + value.shape[2:]:
         raise ValueError(
@@ -101,11 +105,15 @@ def channel_attention_distance(
     return distance
 
 
+def _check_options(op: str, scale: object, heads: object) -> tuple[float | None, int]:
+    return None if scale is None else checks.number(op, "scale", scale), checks.whole(op, "heads", heads)
+
+
 def _check_shapes(op: str, query: Tensor, key: Tensor, value: Tensor, heads: int) -> None:
     maps = (query, key, value)
     fits = (
         all(3 <= t.ndim <= 5 and t.shape[0] == query.shape[0] for t in maps)
-        and query.shape[2:].numel() == key.shape[2:].numel()
+        and prod(query.shape[2:]) == prod(key.shape[2:])
         and key.shape[1] == value.shape[1]
     )
     if not fits:
@@ -113,14 +121,14 @@ def _check_shapes(op: str, query: Tensor, key: Tensor, value: Tensor, heads: int
             f"{op}: query {checks.describe(query)}, key {checks.describe(key)}, value {checks.describe(value)}, but they must be "
             "(B, Cq, *spatial), (B, Ck, *spatial) of as many positions and (B, Ck, *S), with one to three spatial axes."
         )
-    if any(t.shape[1:].numel() == 0 for t in maps):
+    if any(prod(t.shape[1:]) == 0 for t in maps):
         raise ValueError(
             f"{op}: query {checks.describe(query)}, key {checks.describe(key)}, value {checks.describe(value)}, "
             "but they must be of at least one channel and one position."
         )
-    if not isinstance(heads, int) or heads < 1 or query.shape[1] % heads or key.shape[1] % heads:
+    if heads < 1 or query.shape[1] % heads or key.shape[1] % heads:
         raise ValueError(
-            f"{op}: heads is {heads!r}, but it must be a whole number that divides the channels of query {query.shape[1]} "
+            f"{op}: heads is {heads}, but it must be a number above 0 that divides the channels of query {query.shape[1]} "
             f"and key {key.shape[1]}."
         )
 

@@ -5,6 +5,8 @@ The C x C attention is kept for the backward pass: it is small beside the maps, 
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,20 @@ LIBRARY.define(
 )
 LIBRARY.define("channel_softmax(Tensor(a!) logits, float scale) -> ()")
 LIBRARY.define("channel_softmax_backward(Tensor(a!) of_attention, Tensor attention, float scale, Tensor? factor) -> ()")
+
+
+def gram(x: Tensor, y: Tensor) -> Tensor:
+    """(B, Cx, N), (B, Cy, N) -> x y^T (B, Cx, Cy)."""
+    product: Tensor = op("channel_gram")(x, y, 1)
+    return product.squeeze(1)
+
+
+def mixed(first: Tensor, x: Tensor, second: Tensor, y: Tensor) -> Tensor:
+    """first x + second y, of matrices (B, C, Cx) and (B, C, Cy) and maps (B, Cx, N) and (B, Cy, N) -> (B, C, N)."""
+    out = x.new_empty(first.shape[:2] + x.shape[2:])
+    op("channel_mix")(out, first.unsqueeze(1), x, False)
+    op("channel_mix")(out, second.unsqueeze(1), y, True)
+    return out
 
 
 def channel_attention(
@@ -70,7 +86,7 @@ def channel_attention_distance(
     residual = residual_to_keep(target)
     distance = op("channel_residual")(attention, value.flatten(2), target.flatten(2), _given(residual))
     if mean:
-        distance = distance / target.shape[1:].numel()
+        distance = distance / prod(target.shape[1:])
     return distance.to(query.dtype), attention, residual, query.new_empty(0, dtype=torch.int32)
 
 
@@ -96,7 +112,7 @@ def channel_attention_distance_backward(
     of_query, of_key = GradientColumns(query, need_query), GradientColumns(key, need_key)
     of_value, of_target = GradientColumns(value, need_value), GradientColumns(target, need_target)
     as_value = of_key if shared else of_value
-    slope = grad.to(attention.dtype) * (2 / target.shape[1:].numel() if mean else 2)  # of the square
+    slope = grad.to(attention.dtype) * (2 / prod(target.shape[1:]) if mean else 2)  # of the square
     of_attention = op("channel_residual_backward")(
         attention,
         _given(residual),
@@ -117,7 +133,7 @@ def _given(residual: Tensor) -> Tensor | None:
 
 
 def _factor(query: Tensor, scale: float | None) -> float:
-    return query.shape[2:].numel() ** -0.5 if scale is None else scale
+    return prod(query.shape[2:]) ** -0.5 if scale is None else scale
 
 
 def _attention(query: Tensor, key: Tensor, scale: float | None, heads: int) -> Tensor:

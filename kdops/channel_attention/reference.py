@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from torch import Tensor
+
+from ..registration import accumulator
 
 
 def channel_attention(query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, heads: int) -> Tensor:
@@ -18,10 +22,12 @@ def channel_attention_distance(
     query: Tensor, key: Tensor, value: Tensor | None, target: Tensor, scale: float | None, heads: int, mean: bool
 ) -> Tensor:
     """As above, target (B, Cq, *S) -> (B,): mean or sum over a sample of (attention - target)^2."""
-    distance = (channel_attention(query, key, value, scale, heads) - target).flatten(1).square().sum(dim=1)
-    return distance / target.shape[1:].numel() if mean else distance
+    wide = accumulator(query)  # sums of squares overflow in float16
+    residual = channel_attention(query, key, value, scale, heads).to(wide) - target.to(wide)
+    distance = residual.flatten(1).square().sum(dim=1)
+    return (distance / prod(target.shape[1:]) if mean else distance).to(query.dtype)
 
 
 def _by_heads(maps: Tensor, heads: int) -> Tensor:
     """(B, heads, C / heads, N). One reshape: of flatten and unflatten, torch 2.13's compiler gives a gradient of the wrong shape."""
-    return maps.reshape(maps.shape[0], heads, maps.shape[1] // heads, maps.shape[2:].numel())
+    return maps.reshape(maps.shape[0], heads, maps.shape[1] // heads, prod(maps.shape[2:]))

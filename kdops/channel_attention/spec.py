@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ def _fake_forward(
 
 def residual_to_keep(target: Tensor) -> Tensor:
     """Where the CPU keeps output - target until backward, (B, Cq, N), unwritten; (0,) above MOST_KEPT numbers."""
-    shape = target.flatten(2).shape if target.numel() <= MOST_KEPT else (0,)
+    shape = target.flatten(2).shape if prod(target.shape) <= MOST_KEPT else (0,)
     return target.new_empty(shape, dtype=accumulator(target))
 
 
@@ -127,7 +128,7 @@ def _size(*tensors: Tensor) -> int:
 
 
 def _output(query: Tensor, value: Tensor) -> int:
-    return query.shape[:2].numel() * value.shape[2:].numel() * query.element_size()
+    return prod(query.shape[:2]) * prod(value.shape[2:]) * query.element_size()
 
 
 def _bytes(query: Tensor, key: Tensor, value: Tensor, *target: Tensor, backward: bool = False, **kwargs: Any) -> int:
@@ -142,7 +143,7 @@ def _flops(
     query: Tensor, key: Tensor, value: Tensor, *target: Tensor, heads: int = 1, backward: bool = False, **kwargs: Any
 ) -> int:
     pairs = 2 * query.shape[0] * query.shape[1] * key.shape[1] // heads  # multiply and add for every pair of channels
-    at_keys, at_values = pairs * key.shape[2:].numel(), pairs * value.shape[2:].numel()
+    at_keys, at_values = pairs * prod(key.shape[2:]), pairs * prod(value.shape[2:])
     forward = at_keys + at_values
     if not backward:
         return forward
@@ -164,7 +165,7 @@ def _scratch_bytes(
     # C x C matrices: the attention, packed, sums over chunks of positions; in backward three more. With a target a GPU sums up three
     # Grams, and that of the residual for samples close to it; a CPU keeps a small residual. And three packed tiles a thread.
     matrix = query.shape[0] * query.shape[1] * key.shape[1] // heads * max(4, query.element_size())
-    sums = min(32, query.shape[2:].numel() // 1024 + 1) * (4 if len(others) > 1 else 1)
+    sums = min(32, prod(query.shape[2:]) // 1024 + 1) * (4 if len(others) > 1 else 1)
     number = max(4, query.element_size())
     kept = residual_to_keep(others[1]).numel() if len(others) > 1 else 0
     return (2 + sums + 3 * backward) * matrix + (kept + 3 * 2**16 * torch.get_num_threads()) * number

@@ -7,6 +7,7 @@ from math import inf, prod
 from torch import Tensor
 
 from .. import checks, dispatch
+from ..sums import reduced
 from . import spec
 
 __all__ = ["codebook_cross_entropy"]
@@ -56,6 +57,7 @@ def codebook_cross_entropy(
     checks.tensors(op, student=student, teacher=teacher, codebook=codebook)
     checks.choice(op, "reduction", reduction, checks.REDUCTIONS)
     _check_shapes(op, student, teacher, codebook)
+    temperature = checks.number(op, "temperature", temperature)
     if not 0 < temperature < inf:
         raise ValueError(f"{op}: temperature is {temperature}, but it must be a finite number above 0.")
     positions = (student.shape[0], *student.shape[2:])
@@ -66,12 +68,7 @@ def codebook_cross_entropy(
     student, teacher, codebook = checks.for_distance(student, teacher, codebook)
     run = dispatch.implementation(op, (student, teacher, codebook), backend)
     loss: Tensor = run(student, teacher, codebook, float(temperature))  # (M,)
-    return loss.reshape(positions).to(student.dtype) if reduction == "none" else _reduced(loss, reduction, student)
-
-
-def _reduced(loss: Tensor, reduction: str, like: Tensor) -> Tensor:
-    total: Tensor = getattr(loss, reduction)()
-    return total.to(like.dtype)
+    return reduced(loss.reshape(positions), reduction).to(student.dtype)
 
 
 def _check_shapes(op: str, student: Tensor, teacher: Tensor, codebook: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch
+from ..sums import reduced
 from . import spec
 
 __all__ = ["contrastive_ratio", "matched_distance", "pairwise_distance"]
@@ -41,7 +42,7 @@ def pairwise_distance(x: Tensor, y: Tensor, *, p: int = 1, statistic: str = "mea
     """
     op = "pairwise_distance"
     checks.tensors(op, x=x, y=y)
-    _check_options(op, p, statistic)
+    p = _check_options(op, p, statistic)
     if x.ndim < 2 or x.shape[1:] != y.shape[1:]:
         raise ValueError(
             f"{op}: x {checks.describe(x)} and y {checks.describe(y)}, but they must be (B, *F) and (K, *F) with the same features F."
@@ -78,7 +79,7 @@ def matched_distance(
     """
     op = "matched_distance"
     checks.tensors(op, anchor=anchor, others=others)
-    _check_options(op, p, statistic)
+    p = _check_options(op, p, statistic)
     if anchor.ndim < 2 or others.ndim != anchor.ndim + 1 or _without_axis_1(others) != anchor.shape:
         raise ValueError(
             f"{op}: anchor {checks.describe(anchor)} and others {checks.describe(others)}, "
@@ -131,9 +132,10 @@ def contrastive_ratio(
     """
     op = "contrastive_ratio"
     checks.tensors(op, anchor=anchor, positive=positive, negatives=negatives)
-    _check_options(op, p, statistic)
+    p = _check_options(op, p, statistic)
     checks.choice(op, "reduction", reduction, checks.REDUCTIONS)
     _check_ratio_shapes(op, anchor, positive, negatives, mask)
+    eps = checks.number(op, "eps", eps)
     if not eps >= 0:
         raise ValueError(f"{op}: eps is {eps}, but it must be a number of at least 0.")
     if reduction == "mean" and anchor.shape[0] == 0:
@@ -151,8 +153,7 @@ def contrastive_ratio(
         mean = to_negatives.where(mask, 0).sum(dim=1) / counted.clamp(min=1)
         # The denominator is replaced before the division: a division by eps = 0 in an unused branch would still poison the gradient.
         loss = (to_positive / (mean + eps).where(some, 1)).where(some, 0)
-    loss = loss.to(anchor.dtype) if reduction == "none" else getattr(loss, reduction)().to(anchor.dtype)
-    return loss
+    return reduced(loss, reduction).to(anchor.dtype)
 
 
 def _accumulating(distance: Tensor) -> Tensor:
@@ -171,9 +172,10 @@ def _finish(op: str, distance: Tensor, like: Tensor, features: tuple[int, ...], 
     return distance.to(like.dtype)
 
 
-def _check_options(op: str, p: object, statistic: object) -> None:
-    checks.choice(op, "p", p, (1, 2))
+def _check_options(op: str, p: object, statistic: object) -> int:
+    """p, as an int."""
     checks.choice(op, "statistic", statistic, checks.STATISTICS)
+    return checks.choice(op, "p", p, (1, 2))
 
 
 def _without_axis_1(t: Tensor) -> torch.Size:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..registration import accumulator
+
 
 def pairwise_distance(x: Tensor, y: Tensor, p: int) -> Tensor:
     """x (B, *F), y (K, *F) -> (B, K): sum over the features of |x_i - y_k|^p."""
@@ -15,6 +17,7 @@ def pairwise_distance(x: Tensor, y: Tensor, p: int) -> Tensor:
 
 def matched_distance(anchor: Tensor, others: Tensor, p: int) -> Tensor:
     """anchor (B, *F), others (B, K, *F) -> (B, K): sum over the features of |anchor_i - others_ik|^p."""
-    difference = anchor.unsqueeze(1) - others  # (B, K, *F)
+    wide = accumulator(anchor)  # a sum of many features would overflow in float16
+    difference = anchor.to(wide).unsqueeze(1) - others.to(wide)  # (B, K, *F)
     terms = difference.abs() if p == 1 else difference.square()
     return terms.sum(dim=tuple(range(2, terms.ndim)))

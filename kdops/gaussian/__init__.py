@@ -68,12 +68,13 @@ def gaussian_distance(
 
 def _taps(x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Both as lists."""
-    if isinstance(x, Tensor) or isinstance(y, Tensor):
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
         checks.tensors(OP, x=x, y=y)
-        return [x], [y]  # type: ignore[list-item]  # checks.tensors has seen to it
+        return [x], [y]
     if not (isinstance(x, (list, tuple)) and isinstance(y, (list, tuple))):
         raise TypeError(
-            f"{OP}: x is {type(x).__name__} and y is {type(y).__name__}, but they must be two tensors or two lists of taps."
+            f"{OP}: x is {type(x).__name__} and y is {type(y).__name__}, but each must be a torch.Tensor, or they must be two lists of "
+            "taps."
         )
     if len(x) != len(y) or len(x) == 0:
         raise ValueError(
@@ -104,16 +105,17 @@ def _check(x: Sequence[Tensor], y: Sequence[Tensor], statistic: str, reduction: 
 def _widths(sigma: float | Sequence[float] | str, x: Tensor | Sequence[Tensor], taps: int) -> list[float] | None:
     """One sigma for each tap; None for adaptive."""
     if isinstance(sigma, str):
-        checks.choice(OP, "sigma", sigma, ("adaptive", "a number above 0"))
+        if sigma != "adaptive":
+            raise ValueError(f"{OP}: sigma is {sigma!r}, but it must be a number above 0, or 'adaptive'.")
         return None
     if isinstance(sigma, (list, tuple)):
-        widths = [float(s) for s in sigma]
+        widths = [float(checks.number(OP, "a sigma", s)) for s in sigma]
         if isinstance(x, Tensor) or len(widths) != taps:
             raise ValueError(
                 f"{OP}: sigma has {len(widths)} numbers, but it must be one number, or one for each of the taps of a list ({taps} here)."
             )
     else:
-        widths = [float(sigma)] * taps  # type: ignore[arg-type]  # float() says what is wrong
+        widths = [float(checks.number(OP, "sigma", sigma))] * taps
     for width in widths:
         if not 0 < width < inf:
             raise ValueError(f"{OP}: sigma is {width}, but it must be above 0 and finite, or 'adaptive'.")

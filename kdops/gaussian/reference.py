@@ -18,8 +18,9 @@ def gaussian_distance(
     """Taps x[t] and y[t] (B, *F_t), one sigma for each (None: adaptive) -> (T,), or (T, B) for reduction "none"."""
     taps = []
     for t, (a, b) in enumerate(zip(x, y, strict=True)):
-        squares = (a - b).square().flatten(1)  # (B, F)
-        d2 = (squares.mean if mean else squares.sum)(dim=1, dtype=accumulator(a))
+        wide = accumulator(a)  # squares of large differences overflow in float16
+        squares = (a.to(wide) - b.to(wide)).square().flatten(1)  # (B, F)
+        d2 = (squares.mean if mean else squares.sum)(dim=1)
         variance = d2.detach().mean() + ADAPTIVE_FLOOR if sigma is None else sigma[t] ** 2
         taps.append(-torch.expm1(-d2 / (2 * variance)))
     distance = torch.stack(taps)

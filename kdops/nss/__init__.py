@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from math import prod
 
 from torch import Tensor
 
@@ -59,10 +60,12 @@ def mscn(
     op = "mscn"
     checks.tensors(op, image=image)
     checks.choice(op, "padding", padding, ("zeros", "replicate"))
-    if image.ndim != 4 or image.shape[1:].numel() == 0:
+    if image.ndim != 4 or prod(image.shape[1:]) == 0:
         raise ValueError(
             f"{op}: images are {checks.describe(image)}, but they must be (B, C, H, W) of at least one channel and pixel."
         )
+    window = checks.whole(op, "window", window)
+    sigma, c = checks.number(op, "sigma", sigma), checks.number(op, "c", c)
     if not (1 <= window <= MOST_TAPS and window % 2 == 1):
         raise ValueError(f"{op}: window is {window}, but it must be an odd number from 1 to {MOST_TAPS}.")
     if not (0 < sigma < math.inf and 0 <= c < math.inf):
@@ -82,8 +85,9 @@ def brisque_features(image: Tensor, *, backend: str = "auto") -> Tensor:
     and right variance of an asymmetric one.
 
     Shapes are looked up in steps of 0.001 from 0.2 to 10 and have no gradient, as published; variances have one, and means have that of
-    their difference of deviations. Where there is nothing to fit (a constant image) the shape is 10 and the rest 0, with gradients of
-    0. Moments are taken in float64, in plain torch. Time O(B H W), memory O(B H W).
+    their difference of deviations. Where there is nothing to fit (an image of zeros: a constant one has borders, beyond which there are
+    zeros) the shape is 10 and the rest 0, with gradients of 0. Moments are taken in float64, in plain torch. Time O(B H W), memory
+    O(B H W).
 
     Args:
         image: (B, 1, H, W), luma in 0..255 (Y of YIQ: 0.299 R + 0.587 G + 0.114 B), float32, bfloat16 or float16 (float64 on the CPU and
@@ -144,7 +148,7 @@ def piqe(image: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tenso
 
 def _check_luma(op: str, image: Tensor) -> None:
     checks.tensors(op, image=image)
-    if image.ndim != 4 or image.shape[1] != 1 or image.shape[2:].numel() == 0:
+    if image.ndim != 4 or image.shape[1] != 1 or prod(image.shape[2:]) == 0:
         raise ValueError(
             f"{op}: images are {checks.describe(image)}, but they must be (B, 1, H, W) of at least one pixel: "
             "take the luma of a colour image first."

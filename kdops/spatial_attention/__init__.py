@@ -56,6 +56,7 @@ def spatial_attention(
     op = "spatial_attention"
     checks.tensors(op, query=query, key=key, value=value)
     checks.choice(op, "normalize", normalize, NORMALIZATIONS)
+    scale = None if scale is None else checks.number(op, "scale", scale)
     _check_shapes(op, query, key, value)
     shared = value is key
     query, key, value = checks.for_attention(query, key, value)

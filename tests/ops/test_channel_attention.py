@@ -259,3 +259,22 @@ def test_errors_of_the_distance() -> None:
         kdops.channel_attention_distance(*maps, drawn(2, 3, 6))
     with pytest.raises(ValueError, match="'mean', 'sum'"):
         kdops.channel_attention_distance(*maps, drawn(2, 4, 6), statistic="max")
+
+
+@every_backend
+@pytest.mark.parametrize("channels", [4, 6])
+def test_an_infinite_value_gives_an_infinite_distance(backend: str, channels: int) -> None:
+    """Also where the channels do not fill a block of 6 rows."""
+    query, key, target = drawn(1, channels, 9).float(), drawn(1, 4, 9).float(), drawn(1, channels, 9, seed=1).float()
+    value = drawn(1, 4, 9, seed=2).float()
+    value[0, 0, 0] = float("inf")
+    assert kdops.channel_attention_distance(query, key, value, target, backend=backend).tolist() == [float("inf")]
+
+
+@every_backend
+def test_squares_of_float16_do_not_overflow(backend: str) -> None:
+    maps = [drawn(1, 4, 48, 48, seed=seed).half() for seed in range(3)]
+    target = 100 * drawn(1, 4, 48, 48, seed=3).half()
+    found = kdops.channel_attention_distance(*maps, target, backend=backend)
+    exact = kdops.channel_attention_distance(*(t.double() for t in (*maps, target)), backend="reference")
+    torch.testing.assert_close(found.double(), exact, rtol=2e-3, atol=0)

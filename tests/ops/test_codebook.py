@@ -259,7 +259,6 @@ def test_module_is_the_function() -> None:
         ),
         (((2, 3), (2, 3), (4, 3)), {"temperature": math.nan}, "temperature is nan"),
         (((2, 3), (2, 3), (4, 3)), {"reduction": "batch"}, "reduction is 'batch', but it must be one of"),
-        (((2, 3), (2, 3), (4, 3)), {"backend": "cuda"}, "has no backend 'cuda': it has cpu"),
     ],
 )
 def test_errors_say_what_is_needed(shapes, options, says) -> None:

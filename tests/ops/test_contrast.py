@@ -263,3 +263,12 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert x.grad is not None
     assert x.grad[1, -4:].tolist() == [0.0, 1.0, 1.0, 1.0]
     assert not x.grad[0, :1000].any()
+
+
+@every_backend
+def test_sums_of_many_float16_features_do_not_overflow(backend: str) -> None:
+    """147,456 differences of about 1 add up to more than the largest float16."""
+    x, y, z = (drawn(4, 64, 48, 48, seed=seed, dtype=torch.float16) for seed in range(3))
+    for call, rows in ((kdops.pairwise_distance, (x, y)), (kdops.contrastive_ratio, (x, y, z))):
+        found, exact = call(*rows, backend=backend), call(*(t.double() for t in rows), backend="reference")
+        torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)

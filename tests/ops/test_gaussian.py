@@ -258,3 +258,11 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert x.grad is not None
     assert x.grad[2, -3:].tolist() == [0.0, *[pytest.approx(np.exp(-1.0), rel=8e-3)] * 2]
     assert not x.grad[0, :1000].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_squares_of_float16_do_not_overflow(backend: str) -> None:
+    """300^2 is more than the largest float16."""
+    x, y = torch.full((1, 8), 300.0).half(), torch.zeros(1, 8).half()
+    distance = kdops.gaussian_distance(x, y, sigma=1000.0, backend=backend)
+    torch.testing.assert_close(distance.item(), -expm1(-0.045), rtol=1e-3, atol=0)
