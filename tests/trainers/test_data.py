@@ -346,6 +346,12 @@ def test_absent_and_empty_folders(tmp_path: Path) -> None:
     assert "lq: no such folder" in problems[1]
 
 
+def test_photos_have_no_folder_of_inputs() -> None:
+    problems = val_problems(ValSet(name="photos", gt="photos", lq="nowhere"), 2)
+    assert len(problems) == 1
+    assert "nowhere: holds no inputs of the embedded photographs" in problems[0]
+
+
 def test_val_images_must_hold_the_ssim_window(tmp_path: Path) -> None:
     write_pairs(tmp_path, [(7, 8), (8, 8)])
     [problem] = val_problems(ValSet(name="v", gt=f"{tmp_path}/gt", lq=f"{tmp_path}/lq"), 2)
