@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainers.checkpoint import replace_file
@@ -59,7 +59,8 @@ def export(path: Path, out: Path, *, onnx: bool, size: tuple[int, int]) -> list[
     out.mkdir(parents=True, exist_ok=True)
     files = [out / "model.safetensors"]
     metadata = {"arch": source.entry.name, "options": source.options.model_dump_json()}
-    save_file({key: value.contiguous() for key, value in core.state_dict().items()}, files[0], metadata=metadata)
+    weights = {key: value.contiguous() for key, value in core.state_dict().items()}
+    replace_file(files[0], safetensors.torch.save(weights, metadata=metadata))
     differences: dict[str, float] = {}
     if onnx:
         files.append(out / "model.onnx")

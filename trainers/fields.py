@@ -50,7 +50,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         InputError: not a size.
     """
-    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:e\d{1,2})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if found is None:
         raise InputError(f"{text}: give a size such as 8GiB or 512MiB")
     return int(float(found[1]) * UNITS[found[2].upper()])

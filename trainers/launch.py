@@ -17,7 +17,7 @@ from trainers.config import Config, Train, stages
 from trainers.config_file import changes, load_config
 from trainers.data.sets import TrainSet, open_train_set
 from trainers.ema import EMA
-from trainers.errors import InputError
+from trainers.errors import InputError, unusable_path
 from trainers.events import Events
 from trainers.loop import Loop
 from trainers.memory import keep_memory, memory_given_back
@@ -89,17 +89,18 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
                 folder.events = Events(folder.path / "events", loop.position.step)
             folder.describe(config)
         shown = TrainingProgress(console, loop.position.step, config.train.steps, shown=fabric.is_global_zero)
-        with shown as progress:
-            progress.say(summary(config, fabric, folder))
-            loop.run(progress)
-            if cache is not None:
-                progress.say(cache.summary())
-        result = loop.result()
-        if fabric.is_global_zero:
-            position = loop.position
-            with memory_given_back():
-                write_results(loop.validation, result, folder, seconds=position.seconds, best=position.best)
-        fabric.barrier()
+        with folder.telling_how_to_go_on():
+            with shown as progress:
+                progress.say(summary(config, fabric, folder))
+                loop.run(progress)
+                if cache is not None:
+                    progress.say(cache.summary())
+            result = loop.result()
+            if fabric.is_global_zero:
+                position = loop.position
+                with memory_given_back():
+                    write_results(loop.validation, result, folder, seconds=position.seconds, best=position.best)
+            fabric.barrier()
     finally:
         folder.close()
     return folder.path
@@ -239,6 +240,11 @@ def _on_first_rank(fabric: Fabric, open_folder: Callable[[], RunFolder]) -> RunF
             path = folder.path
         except InputError as error:
             problems = error.problems
+        except OSError as error:
+            unusable = unusable_path(error)
+            if unusable is None:
+                raise
+            problems = [unusable]
     path, problems = fabric.broadcast((path, problems))
     if problems:
         raise InputError(problems)

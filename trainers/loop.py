@@ -211,8 +211,7 @@ class Loop:
                 with closing(made):
                     yield from ((lq, gt) for _, lq, gt in made)
             except InputError as error:
-                advice = f"put it back, then kdtrain resume {self.folder.path} goes on from the last checkpoint"
-                raise ImageLost([*error.problems, advice]) from None
+                raise ImageLost([*error.problems, "put it back to go on"]) from None
 
     def _log(self, progress: TrainingProgress) -> None:
         window, step = self.window, self.position.step
@@ -274,8 +273,7 @@ class Loop:
             torch.save({"step": step, "losses": named, "lq": lq, "gt": gt}, batch_file)
         raise Diverged(
             f"the loss term {term} became {named[term]} in step {step}; its batch is in {batch_file}. "
-            "Lower train.lr, set train.clip, or give the term a smaller weight or a ramp; "
-            f"kdtrain resume {self.folder.path} --set ... goes on from the last checkpoint"
+            "Lower train.lr, set train.clip, or give the term a smaller weight or a ramp, with --set"
         )
 
     def save(self, *, best: bool = False) -> None:

@@ -358,6 +358,16 @@ def test_val_images_must_hold_the_ssim_window(tmp_path: Path) -> None:
     assert "0.png: 16x14 is smaller than 15x15, the window of SSIM" in problem
 
 
+def test_a_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_png(tmp_path / "a.png", noise(5, 9))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_stored_size(tmp_path: Path) -> None:
     write_png(tmp_path / "a.png", noise(5, 9))
     assert stored_size(tmp_path / "a.png") == (5, 9)
