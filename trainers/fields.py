@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo
+from pydantic_core import PydanticCustomError
 
 from trainers.errors import InputError
 
@@ -137,6 +138,17 @@ Span = Annotated[
     shape_of("a number or [least, most]"),
     AfterValidator(_in_order),
 ]
+
+
+def within(least: float, largest: float) -> AfterValidator:
+    """Bounds of a number, or of both ends of a span; what is not finite lies in none."""
+
+    def bounded(span: float | list[float]) -> float | list[float]:
+        if not all(least <= number <= largest for number in (span if isinstance(span, list) else [span])):
+            raise PydanticCustomError("out_of_bounds", f"must be from {least:g} to {largest:g}")
+        return span
+
+    return AfterValidator(bounded)
 
 
 def most(span: float | list[float]) -> float:
