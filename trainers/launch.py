@@ -16,6 +16,7 @@ from trainers.architectures import Network
 from trainers.config import Config, Train, stages
 from trainers.config_file import changes, load_config
 from trainers.data.sets import TrainSet, open_train_set
+from trainers.devices import device_problems, machine_problems
 from trainers.ema import EMA
 from trainers.errors import InputError, unusable_path
 from trainers.events import Events
@@ -63,6 +64,9 @@ def resume(path: Path, overrides: Sequence[str] = (), console: Console | None = 
 
 def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console, *, resuming: bool) -> Path:
     fabric = make_fabric(config.train)
+    alone = machine_problems(fabric, config.train.nodes)
+    if alone:
+        raise InputError(alone)
     fabric.launch()
     if fabric.device.type == "cpu":
         keep_memory()
@@ -126,19 +130,18 @@ def make_fabric(train: Train) -> Fabric:
     """Fabric for the config's devices and precision; it starts the other processes by itself.
 
     Raises:
-        InputError: a student to be shared among one device.
+        InputError: devices that are not there, a student to be shared among one.
     """
-    fabric = Fabric(
+    wrong = device_problems(train)
+    if wrong:
+        raise InputError(wrong)
+    return Fabric(
         accelerator=train.accelerator,
         devices=train.devices,
         num_nodes=train.nodes,
         precision="bf16-mixed" if train.precision == "bf16" else "32-true",
         strategy=Sharded() if train.strategy == "fsdp" else "auto",
     )
-    # Asked before the launch, which leaves its traces in the environment.
-    if isinstance(fabric.strategy, Sharded) and fabric.strategy.num_processes * train.nodes == 1:
-        raise InputError("train.strategy: fsdp shares the student among devices, and this is one: choose ddp")
-    return fabric
 
 
 def build_loop(
