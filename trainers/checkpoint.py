@@ -168,7 +168,8 @@ def replace_file(path: Path, content: bytes) -> None:
         os.replace(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        error.filename = str(path)  # the one that the caller knows
+        if error.errno is not None:  # the system's: its text is made of these
+            error.filename = str(path)  # the one that the caller knows
         raise
     sync_folder(path.parent)
 
