@@ -226,7 +226,10 @@ class FirstBatch:
 
 def make_optimizer(train: Train, train_step: TrainStep) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
-    return kind(train_step.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
+    first, second = train.betas
+    return kind(
+        train_step.parameters(), lr=train.lr, betas=(first, second), weight_decay=train.weight_decay, fused=True
+    )
 
 
 def _on_first_rank(fabric: Fabric, open_folder: Callable[[], RunFolder]) -> RunFolder:

@@ -101,6 +101,7 @@ def test_the_method_block(tmp_path: Path, change: str, said: str) -> None:
     ("overrides", "said"),
     [
         (["data.batch=1"], "--set data.batch=1: data.batch: method facd relates patches of a batch: 1 is below 2"),
+        (["train.milestones=[5]"], "train.milestones: a step schedule has milestones, and the others have none"),
         (["train.accumulate=3"], "--set train.accumulate=3: train.accumulate: 3 does not divide the batch of 16"),
         (["data.patch=95"], "--set data.patch=95: data.patch: 95 is not a multiple of 2"),
         (["teacher=null"], "--set teacher=null: teacher: method facd needs a teacher"),
