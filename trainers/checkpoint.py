@@ -40,12 +40,21 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def save(self, step: int, weights: Mapping[str, Weights], state: Mapping[str, Any], *, best: bool) -> Path:
+    def save(
+        self,
+        step: int,
+        weights: Mapping[str, Weights],
+        state: Mapping[str, Any],
+        *,
+        best: bool,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:
         """Writes one checkpoint; when it returns, `last` (and `best`) point to it and it is on the disk.
 
         Args:
             weights: file name without extension -> state dict, written as safetensors.
             state: tensors and plain Python types, readable by torch.load(weights_only=True).
+            metadata: of the safetensors files.
 
         Raises:
             SaveFailed: the disk is full or gone. Nothing of this checkpoint stays.
@@ -60,7 +69,8 @@ class Checkpoints:
                 unfinished.mkdir(parents=True)
                 for name, tensors in weights.items():
                     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-                    write_synced(unfinished / f"{name}.safetensors", safetensors.torch.save(contiguous))
+                    content = safetensors.torch.save(contiguous, None if metadata is None else dict(metadata))
+                    write_synced(unfinished / f"{name}.safetensors", content)
                 with (unfinished / "state.pt").open("wb") as file:
                     torch.save(dict(state), file)
                     file.flush()

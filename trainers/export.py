@@ -21,6 +21,7 @@ from trainers.checkpoint import replace_file
 from trainers.errors import InputError
 from trainers.evaluate import count_macs, count_parameters
 from trainers.live_bytes import LiveBytes
+from trainers.pretrained import note
 from trainers.sources import Source, open_source
 
 TOLERANCE = 1e-4  # of pixel values in [0, 1]: two runtimes round differently, and 8-bit images have steps of 4e-3
@@ -58,8 +59,8 @@ def export(path: Path, out: Path, *, onnx: bool, size: tuple[int, int]) -> list[
     core = source.network.network
     out.mkdir(parents=True, exist_ok=True)
     files = [out / "model.safetensors"]
-    metadata = {"arch": source.entry.name, "options": source.options.model_dump_json()}
-    save_file({key: value.contiguous() for key, value in core.state_dict().items()}, files[0], metadata=metadata)
+    tensors = {key: value.contiguous() for key, value in core.state_dict().items()}
+    save_file(tensors, files[0], metadata=note(source.entry, source.options))
     differences: dict[str, float] = {}
     if onnx:
         files.append(out / "model.onnx")

@@ -14,7 +14,7 @@ from trainers.architectures import Network
 from trainers.errors import InputError
 from trainers.inference import Tiled
 from trainers.models import ModelEntry
-from trainers.pretrained import nearest, read_weights, recognise
+from trainers.pretrained import nearest, noted, read_weights, recognise
 
 Placed = TypeVar("Placed", bound=nn.Module)
 
@@ -30,6 +30,7 @@ def build_network(network: Network, role: str) -> nn.Module:
     if network.weights is not None:
         try:
             state_dict = read_weights(network.weights)
+            noted(network.weights)  # for its error
         except InputError as error:
             raise InputError([f"{role}.weights: {problem}" for problem in error.problems]) from None
         try:
@@ -77,13 +78,15 @@ def _whose(state_dict: Mapping[str, Tensor]) -> str:
         return nearest(state_dict)
 
 
-def network_of_weights(state_dict: Mapping[str, Tensor]) -> tuple[ModelEntry[Any], Any, nn.Module]:
-    """(registry entry, options, network with these weights), recognised by keys and shapes.
+def network_of_weights(
+    state_dict: Mapping[str, Tensor], known: tuple[ModelEntry[Any], Any] | None = None
+) -> tuple[ModelEntry[Any], Any, nn.Module]:
+    """(registry entry, options, network with these weights), recognised by keys and shapes where it is not known.
 
     Raises:
         InputError: no network of ours has such a state dict.
     """
-    entry, options = recognise(state_dict)
+    entry, options = known or recognise(state_dict)
     network = entry.build(options)
     try:
         network.load_state_dict(state_dict)

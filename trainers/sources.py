@@ -15,7 +15,7 @@ from trainers.errors import InputError
 from trainers.inference import Around, SelfEnsemble
 from trainers.models import ModelEntry
 from trainers.networks import AnySize, network_of_weights
-from trainers.pretrained import read_weights
+from trainers.pretrained import noted, read_weights
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,6 @@ def open_source(path: Path) -> Source:
         if last is None:
             raise InputError(f"{path} has no checkpoint yet")
         weights = last
-    entry, options, network = network_of_weights(read_weights(str(weights)))
+    entry, options, network = network_of_weights(read_weights(str(weights)), noted(str(weights)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Source(weights, entry, options, AnySize(network, entry, options).eval().to(device), config)
