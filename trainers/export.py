@@ -187,7 +187,7 @@ def card(source: Source, path: Path, measured: Measured, differences: dict[str, 
         "",
         "    kdtrain restore IN OUT --weights model.safetensors",
         "",
-        *_scores(path),
+        *_scores(source, path),
         "## Cost",
         "",
         "| parameters | MACs | latency | peak activation memory | measured on |",
@@ -206,20 +206,21 @@ def _training(source: Source) -> list[str]:
     if run is None:
         return []
     teacher = f", teacher {run.teacher.arch} ({run.teacher.weights})" if run.teacher else ""
-    return [f"Task {run.task}, method {run.method.name}{teacher}, {run.train.steps} steps, seed {run.train.seed}.", ""]
+    steps = f"{source.step}" if source.step == run.train.steps else f"{source.step} of {run.train.steps}"
+    return [f"Task {run.task}, method {run.method.name}{teacher}, {steps} steps, seed {run.train.seed}.", ""]
 
 
-def _scores(path: Path) -> list[str]:
+def _scores(source: Source, path: Path) -> list[str]:
     """The table of result.json, where the weights are those of a finished run."""
     file = path / "result.json"
-    if not file.is_file():
+    result: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if not result or result["steps"] != source.step:
         return [
             "## Scores",
             "",
             "Not measured: these weights are not those of a finished run. `kdtrain eval` measures them.",
             "",
         ]
-    result: dict[str, Any] = json.loads(file.read_text())
     rows = [
         f"| {name} | {who} | {score['psnr']:.3f} | {score['ssim']:.4f} |"
         for name, found in result["sets"].items()

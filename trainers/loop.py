@@ -328,6 +328,11 @@ class Loop:
             InputError: there is none, it is damaged, or it does not fit the config.
         """
         path, weights, state = self.checkpoints.read_last()
+        if state["step"] > self.config.train.steps:
+            raise InputError(
+                f"train.steps: {self.config.train.steps}, but {path} is of step {state['step']}: "
+                "give no fewer, or start a new run"
+            )
         try:
             student, others = self.train_step.student, state["others"]
             student.load_state_dict(scattered(weights["student"], student))

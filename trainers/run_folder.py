@@ -69,6 +69,12 @@ class RunFolder:
         with (self.path / "command.txt").open("a") as file:
             file.write(shlex.join(sys.argv) + "\n")
 
+    def set_result_aside(self) -> None:
+        """Renames result.json to result-<steps>.json: training goes on, and its scores are not those of the weights to come."""
+        path = self.path / "result.json"
+        if path.is_file():
+            path.rename(path.with_name(f"result-{json.loads(path.read_text())['steps']}.json"))
+
     def cut_metrics(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after `step`: what happened after the checkpoint will happen again."""
         path = self.path / "metrics.jsonl"

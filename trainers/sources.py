@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainers.checkpoint import Checkpoints
+from trainers.checkpoint import Checkpoints, step_of
 from trainers.config import Config
 from trainers.config_file import load_config
 from trainers.errors import InputError
@@ -41,6 +41,11 @@ class Source:
     def grey(self) -> bool:
         """Whether it restores grey images."""
         return self.entry.image_channels(self.options) == 1
+
+    @property
+    def step(self) -> int | None:
+        """Where its run stands; None for weights that are in no run folder."""
+        return None if self.config is None else step_of(self.weights)
 
     def restorer(self, *, tile: int | None, ensemble: bool) -> AnySize | Around:
         """The network, tile by tile and averaged over orientations as asked.
