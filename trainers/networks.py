@@ -30,13 +30,13 @@ def build_network(network: Network, role: str) -> nn.Module:
     if network.weights is not None:
         try:
             state_dict = read_weights(network.weights)
-            noted(network.weights)  # for its error
+            known = noted(network.weights)
         except InputError as error:
             raise InputError([f"{role}.weights: {problem}" for problem in error.problems]) from None
         try:
             built.load_state_dict(state_dict)
         except RuntimeError:
-            raise InputError(f"{role}.weights: {network.weights} {misfit(network, state_dict, built)}") from None
+            raise InputError(f"{role}.weights: {network.weights} {misfit(network, state_dict, built, known)}") from None
     return built
 
 
@@ -55,10 +55,13 @@ def tap_paths(network: Network) -> dict[str, str]:
     return paths
 
 
-def misfit(network: Network, state_dict: Mapping[str, Tensor], built: nn.Module) -> str:
-    """Why a state dict does not fit a network."""
+def misfit(
+    network: Network, state_dict: Mapping[str, Tensor], built: nn.Module, known: tuple[ModelEntry[Any], Any] | None
+) -> str:
+    """Why a state dict, of a known network or not, does not fit a network."""
+    entry = architectures.entry(network)
     try:
-        found = architectures.entry(network).options_from_state_dict(state_dict)
+        found = known[1] if known and known[0] is entry else entry.options_from_state_dict(state_dict)
     except ValueError as error:
         return f"does not fit {network.arch}: {error}; {_whose(state_dict)}"
     wanted = architectures.options(network)

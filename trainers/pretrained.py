@@ -64,6 +64,9 @@ def weights_path(source: str) -> Path:
         path = averaged if averaged.is_file() else path / "student.safetensors"
     if not path.is_file():
         raise InputError(f"{source}: there are no weights: give a .safetensors or .pth file, or a checkpoint folder")
+    if path.name in ("best", "last") and path.parent.name == "checkpoints":
+        checkpoint = path.with_name(path.read_text(errors="replace").strip())
+        raise InputError(f"{source}: is a text file that names a checkpoint: give {checkpoint}")
     return path
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -97,9 +98,14 @@ class RunFolder:
             os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
-        """Ends all writing and releases the lock."""
+        """Ends all writing and releases the lock; a folder that nothing was written to goes."""
         if self.events is not None:
             self.events.close()
+        if self._lock is not None:
+            with suppress(OSError):  # the folder is gone, or its file system keeps open files
+                if [path.name for path in self.path.iterdir()] == [LOCK]:
+                    (self.path / LOCK).unlink()
+                    self.path.rmdir()
         for file in (self._metrics, self._lock):
             if file is not None:
                 file.close()

@@ -121,6 +121,7 @@ def test_train_fails_with_code_2_for_bad_images(tmp_path: Path, capsys: pytest.C
     config = write_tiny(tmp_path)
     assert main(["train", str(config), "--set", "data.patch=64"]) == 2
     assert "is smaller than" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "scratch").exists()
     assert main(["train", str(config)]) == 0  # what failed left no run behind
 
 

@@ -13,6 +13,7 @@ from trainers.cli import main
 from trainers.config_file import load_config
 from trainers.errors import InputError
 from trainers.launch import train
+from trainers.networks import build_network
 from trainers.sources import open_source
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,6 +74,20 @@ def test_a_checkpoint_without_metadata_is_that_of_its_run(
     monkeypatch.chdir(checkpoint(run))
     assert res_scale(Path("ema.safetensors")) == 0.1
     assert main(["resume", str(run), "--set", "train.steps=5"]) == 0
+
+
+def test_what_does_not_fit_is_compared_with_what_the_file_says(run: Path, tmp_path: Path) -> None:
+    network = f"teacher={{arch: edsr, features: 5, blocks: 3, weights: {checkpoint(run)}}}"
+    teacher = load_config(write_tiny(tmp_path, "output"), [network]).teacher
+    assert teacher is not None
+    with pytest.raises(InputError, match="has features 4, but the config says features 5"):
+        build_network(teacher, "teacher")
+
+
+def test_a_pointer_to_a_checkpoint_says_what_to_give(run: Path) -> None:
+    for pointer in ("best", "last"):
+        with pytest.raises(InputError, match=f"names a checkpoint: give {checkpoint(run)}"):
+            open_source(run / "checkpoints" / pointer)
 
 
 @pytest.mark.parametrize("config", ["no: {yaml", "student: edsr", "student: {arch: mine}", "- 1"])
