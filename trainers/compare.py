@@ -38,6 +38,7 @@ def compare(run_dirs: Sequence[Path], out: Path, refused: Mapping[str, str] = Ma
         InputError: fewer than two arms, a run that is not done, or runs that were not measured alike: another protocol, task, scale or
             validation set.
     """
+    _refuse_run_folder(out)
     folders = list(dict.fromkeys(Path(folder) for folder in run_dirs))
     _refuse_too_few(folders)
     runs = [load_run(folder) for folder in folders]
@@ -84,6 +85,7 @@ def run_and_compare(
         InputError: fewer than two methods, problems of the config under any of the methods, or a folder that holds a run of another config.
         Diverged, Interrupted, SaveFailed: see trainers.launch.train.
     """
+    _refuse_run_folder(out)
     console = console or Console(stderr=True)
     configs, refused = applicable(config_path, methods, overrides, console.print)
     for method, reason in refused.items():
@@ -156,6 +158,11 @@ def _train_if_missing(config: Config, console: Console) -> None:
     else:
         console.print(f"resuming {config.name}")
         resume(folder, console=console)
+
+
+def _refuse_run_folder(out: Path) -> None:
+    if (out / "config.yaml").is_file():
+        raise InputError(f"--out {out} is a run folder, whose report.html would be replaced: give another folder")
 
 
 def _refuse_too_few(compared: Sequence[Path | str]) -> None:

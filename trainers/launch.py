@@ -88,6 +88,8 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
             if config.train.tensorboard:
                 folder.events = Events(folder.path / "events", loop.position.step)
             folder.describe(config)
+            if loop.position.step < config.train.steps:
+                folder.set_result_aside()
         shown = TrainingProgress(console, loop.position.step, config.train.steps, shown=fabric.is_global_zero)
         with shown as progress:
             progress.say(summary(config, fabric, folder))
@@ -98,7 +100,7 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
         if fabric.is_global_zero:
             position = loop.position
             with memory_given_back():
-                write_results(loop.validation, result, folder, seconds=position.seconds, best=position.best)
+                write_results(loop.validation, result, folder, position)
         fabric.barrier()
     finally:
         folder.close()

@@ -15,7 +15,7 @@ from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainers import sharding
+from trainers import architectures, sharding
 from trainers.checkpoint import SaveFailed, Weights
 from trainers.config import Config, stages
 from trainers.data.loader import batches
@@ -296,7 +296,8 @@ class Loop:
         if self.fabric.is_global_zero:
             try:
                 self.folder.sync()
-                self.checkpoints.save(self.position.step, weights, state, best=best)
+                metadata = architectures.metadata(self.config.student)
+                self.checkpoints.save(self.position.step, weights, state, best=best, metadata=metadata)
             except SaveFailed as error:
                 failure = error
         failure = self.fabric.broadcast(failure)
@@ -327,6 +328,11 @@ class Loop:
             InputError: there is none, it is damaged, or it does not fit the config.
         """
         path, weights, state = self.checkpoints.read_last()
+        if state["step"] > self.config.train.steps:
+            raise InputError(
+                f"train.steps: {self.config.train.steps}, but {path} is of step {state['step']}: "
+                "give no fewer, or start a new run"
+            )
         try:
             student, others = self.train_step.student, state["others"]
             student.load_state_dict(scattered(weights["student"], student))

@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -69,6 +70,12 @@ class RunFolder:
         with (self.path / "command.txt").open("a") as file:
             file.write(shlex.join(sys.argv) + "\n")
 
+    def set_result_aside(self) -> None:
+        """Renames result.json to result-<steps>.json: training goes on, and its scores are not those of the weights to come."""
+        path = self.path / "result.json"
+        if path.is_file():
+            path.rename(path.with_name(f"result-{json.loads(path.read_text())['steps']}.json"))
+
     def cut_metrics(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after `step`: what happened after the checkpoint will happen again."""
         path = self.path / "metrics.jsonl"
@@ -91,9 +98,14 @@ class RunFolder:
             os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
-        """Ends all writing and releases the lock."""
+        """Ends all writing and releases the lock; a folder that nothing was written to goes."""
         if self.events is not None:
             self.events.close()
+        if self._lock is not None:
+            with suppress(OSError):  # the folder is gone, or its file system keeps open files
+                if [path.name for path in self.path.iterdir()] == [LOCK]:
+                    (self.path / LOCK).unlink()
+                    self.path.rmdir()
         for file in (self._metrics, self._lock):
             if file is not None:
                 file.close()

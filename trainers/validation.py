@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from trainers.evaluate import baseline, count_macs, count_parameters, evaluate
 from trainers.memory import memory_given_back
 from trainers.metrics import PROTOCOLS
 from trainers.run_folder import RunFolder, environment
+
+if TYPE_CHECKING:
+    from trainers.loop import Position
 
 MACS_OUTPUT = (720, 1280)  # height and width of the restored image for which MACs are counted
 
@@ -49,9 +52,7 @@ class Validation:
         return {line["set"]: {key: line[key] for key in ("psnr", "ssim", "per_image")} for line in self(network)}
 
 
-def write_results(
-    validation: Validation, student: nn.Module, folder: RunFolder, *, seconds: float, best: dict[str, float] | None
-) -> None:
+def write_results(validation: Validation, student: nn.Module, folder: RunFolder, position: Position) -> None:
     """Measures the baseline, student and teacher; writes result.json, images/ and report.html."""
     from trainers.report import write_report
 
@@ -73,8 +74,8 @@ def write_results(
         "task": run.task,
         "scale": run.scale,
         "method": run.method.name,
-        "steps": run.train.steps,
-        "seconds": seconds,
+        "steps": position.step,
+        "seconds": position.seconds,
         "seed": run.train.seed,
         "protocol": run.val.protocol,
         "protocol_text": PROTOCOLS[run.val.protocol].describe(),
@@ -86,7 +87,7 @@ def write_results(
         else description(run.teacher, teacher, run.scale) | {"weights": run.teacher.weights},
         "macs_for": f"{MACS_OUTPUT[1]}x{MACS_OUTPUT[0]} output",
         "sets": {name: {who: scores[who][name] for who in restorers} for name in validation.sets},
-        "best": best,
+        "best": position.best,
         "environment": environment(),
     }
     replace_file(folder.path / "result.json", (json.dumps(result, indent=1) + "\n").encode())

@@ -146,6 +146,15 @@ def test_one_run_or_an_unfinished_one_is_refused(fake_run, tmp_path: Path) -> No
         compare([fake_run("scratch"), run], tmp_path / "out")
 
 
+def test_a_run_is_no_place_for_a_comparison(fake_run, config_file: Path) -> None:
+    scratch, facd = fake_run("scratch"), fake_run("facd")
+    with pytest.raises(InputError, match=r"--out .*demo-facd is a run folder.*give another folder"):
+        compare([scratch, facd], facd)
+    with pytest.raises(InputError, match="is a run folder"):
+        run_and_compare(config_file, ["output"], facd)
+    assert not (facd / "comparison.json").exists()
+
+
 # --- seeds -------------------------------------------------------------------------------------------------------------
 
 GAINS = (0.02, 0.05, 0.11)  # of facd over scratch, by seed

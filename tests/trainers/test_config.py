@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from safetensors.torch import save_file
 
 from trainers import starter
 from trainers.config import Config
@@ -52,6 +54,29 @@ def test_a_good_config_and_its_defaults(tmp_path: Path) -> None:
     assert config.student.scale == config.scale == 2
     assert config.teacher is not None
     assert config.teacher.weights == str(tmp_path / "teacher.safetensors")  # relative to the file
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("nosuch.pth", "its weights do not tell it: {folder}/nosuch.pth: there are no weights"),
+        ("run.yaml", "its weights do not tell it: {folder}/run.yaml: cannot be read as weights"),
+        (
+            "foreign.safetensors",
+            "its weights do not tell it: {folder}/foreign.safetensors: these weights fit none of our",
+        ),
+    ],
+)
+def test_weights_that_do_not_tell_their_network_are_named(tmp_path: Path, weights: str, said: str) -> None:
+    save_file({"w": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    (found,) = problems(tmp_path, GOOD.replace("arch: edsr, weights: teacher.safetensors", f"weights: {weights}"))
+    assert found.startswith("run.yaml:2:1: teacher.arch: is missing, and ")
+    assert said.format(folder=tmp_path) in found
+
+
+def test_a_slice_of_the_teacher_is_no_file_that_tells_arch(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, GOOD.replace("arch: edsr, features: 16", "weights: teacher"))
+    assert found == "run.yaml:3:1: student.arch: is missing"
 
 
 def test_all_mistakes_at_once(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tests.trainers.test_loop import assert_same_training
 from tests.trainers.tiny import assert_same_state, last_state, metrics, write_tiny
 from trainers import launch
 from trainers.cli import main
+from trainers.loop import Loop
 from trainers.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,6 +109,48 @@ def test_resume_reports_changes_and_takes_them(tmp_path: Path, capsys: pytest.Ca
     assert "train.lr: 0.001 -> 0.0001" in said.out + said.err
     assert metrics(run)[-1]["step"] == 6
     assert "steps: 6" in (run / "config.yaml").read_text()
+
+
+def test_scores_are_never_those_of_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished run that is trained further, and interrupted, is not done."""
+    assert main(["train", str(write_tiny(tmp_path))]) == 0
+    run = tmp_path / "runs" / "scratch"
+    first = (run / "result.json").read_bytes()
+    assert main(["resume", str(run)]) == 0  # nothing to train
+    assert not (run / "result-4.json").exists()
+    with monkeypatch.context() as interrupting:
+        interrupting.setattr(Loop, "_agree", lambda self, requested: True)
+        assert main(["resume", str(run), "--set", "train.steps=7"]) == 130
+    assert (run / "result-4.json").is_file()
+    assert main(["export", str(run), "-o", str(tmp_path / "out"), "--size", "16x24"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "5 of 7 steps" in card
+    assert "Not measured" in card
+    assert main(["compare", str(run), str(tmp_path / "other"), "-o", str(tmp_path / "compared")]) == 2
+    assert "is not done" in capsys.readouterr().err
+    assert main(["resume", str(run)]) == 0
+    assert json.loads((run / "result.json").read_text())["steps"] == 7
+    assert json.loads((run / "result-4.json").read_text())["sets"] == json.loads(first)["sets"]
+
+
+def test_scores_of_another_step_are_not_on_the_card(tmp_path: Path) -> None:
+    """As earlier versions left them behind."""
+    assert main(["train", str(write_tiny(tmp_path))]) == 0
+    file = tmp_path / "runs" / "scratch" / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": 3}))
+    assert main(["export", str(file.parent), "-o", str(tmp_path / "out"), "--size", "16x24"]) == 0
+    assert "Not measured" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_fewer_steps_than_were_trained_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(write_tiny(tmp_path))]) == 0
+    run = tmp_path / "runs" / "scratch"
+    before = (run / "config.yaml").read_text(), (run / "result.json").read_text()
+    assert main(["resume", str(run), "--set", "train.steps=3"]) == 2
+    assert "train.steps: 3, but" in capsys.readouterr().err
+    assert ((run / "config.yaml").read_text(), (run / "result.json").read_text()) == before
 
 
 def test_resume_refuses_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
