@@ -63,9 +63,14 @@ class Run:
         return float(self.result["sets"][set_name][who]["psnr"])
 
     def validation(self, set_name: str, against: str) -> Points:
-        """(step or seconds, PSNR) of each validation; `against` is "step" or "seconds"."""
-        lines = (line for line in self.metrics if line["kind"] == "val" and line["set"] == set_name)
-        return [(float(line[against]), float(line["psnr"])) for line in lines]
+        """(step or seconds, PSNR) of each validation since it is measured as it is now; `against` is "step" or "seconds"."""
+        points: Points = []
+        for line in self.metrics:
+            if line["kind"] == "series" and set_name in line["sets"]:
+                points = []
+            elif line["kind"] == "val" and line["set"] == set_name:
+                points.append((float(line[against]), float(line["psnr"])))
+        return points
 
     def training(self, group: str, name: str) -> Points:
         """(step, value) of one entry of "losses", "weights" or "shares" along the run."""

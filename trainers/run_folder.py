@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -70,11 +71,22 @@ class RunFolder:
             file.write(shlex.join(sys.argv) + "\n")
 
     def cut_metrics(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl after `step`: what happened after the checkpoint will happen again."""
+        """Drops the lines of metrics.jsonl after `step`: what happened after the checkpoint will happen again.
+
+        So will what an earlier resume from this step began with a new series of validations.
+        """
         path = self.path / "metrics.jsonl"
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
+            lines = path.read_text().splitlines()
+            kept = [line for line in takewhile(lambda line: not _is_series(line, step), lines) if _step(line) <= step]
             replace_file(path, "".join(line + "\n" for line in kept).encode())
+
+    def validated(self, step: int) -> dict[str, float]:
+        """Set name -> PSNR of the validations of `step` in metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        text = path.read_text() if path.is_file() else ""
+        lines = [json.loads(line) for line in text.splitlines() if _step(line) == step]
+        return {line["set"]: line["psnr"] for line in lines if line["kind"] == "val"}
 
     def log(self, line: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
@@ -115,6 +127,11 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _is_series(line: str, step: int) -> bool:
+    """Whether the line begins a new series of validations at this step."""
+    return _step(line) == step and json.loads(line).get("kind") == "series"
 
 
 def environment() -> dict[str, Any]:
