@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import warnings
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from trainers.checkpoint import replace_file
 from trainers.errors import InputError
 from trainers.evaluate import count_macs, count_parameters
+from trainers.json_text import from_json
 from trainers.live_bytes import LiveBytes
 from trainers.sources import Source, open_source
 
@@ -218,7 +218,7 @@ def _scores(path: Path) -> list[str]:
             "Not measured: these weights are not those of a finished run. `kdtrain eval` measures them.",
             "",
         ]
-    result: dict[str, Any] = json.loads(file.read_text())
+    result: dict[str, Any] = from_json(file.read_text())
     rows = [
         f"| {name} | {who} | {score['psnr']:.3f} | {score['ssim']:.4f} |"
         for name, found in result["sets"].items()

@@ -18,6 +18,7 @@ from trainers.config import Config
 from trainers.config_file import dump_config
 from trainers.errors import InputError
 from trainers.events import Events
+from trainers.json_text import from_json, to_json
 
 LOCK = ".lock"
 PACKAGES = ("kdops", "torch", "triton", "lightning-fabric", "numpy", "pydantic", "safetensors", "scikit-image")
@@ -85,14 +86,14 @@ class RunFolder:
         """Set name -> PSNR of the validations of `step` in metrics.jsonl."""
         path = self.path / "metrics.jsonl"
         text = path.read_text() if path.is_file() else ""
-        lines = [json.loads(line) for line in text.splitlines() if _step(line) == step]
+        lines = [from_json(line) for line in text.splitlines() if _step(line) == step]
         return {line["set"]: line["psnr"] for line in lines if line["kind"] == "val"}
 
     def log(self, line: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a")
-        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.write(to_json(line) + "\n")
         self._metrics.flush()
         if self.events is not None:
             self.events.log(line)

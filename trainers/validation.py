@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from trainers.data.images import write_png
 from trainers.data.sets import ValPair, open_val_set, val_problems
 from trainers.errors import InputError
 from trainers.evaluate import baseline, count_macs, count_parameters, evaluate
+from trainers.json_text import to_json
 from trainers.memory import memory_given_back
 from trainers.metrics import PROTOCOLS
 from trainers.run_folder import RunFolder, environment
@@ -116,7 +116,7 @@ def write_results(
         "best": best,
         "environment": environment(),
     }
-    replace_file(folder.path / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    replace_file(folder.path / "result.json", (to_json(result, indent=1) + "\n").encode())
     write_report(folder.path)
 
 
