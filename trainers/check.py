@@ -12,6 +12,7 @@ from trainers.architectures import Network
 from trainers.config import Config, stages
 from trainers.config_file import read_config
 from trainers.errors import InputError
+from trainers.metrics import PROTOCOLS
 from trainers.slicing import build_student
 from trainers.taps import Adapters, Tapped, tap_problems
 
@@ -27,7 +28,8 @@ def check(path: Path, overrides: Sequence[str] = ()) -> tuple[list[str], list[st
         largest = max(stage.data.patch for _, stage in stages(config))
         problems += [f"data.train: {text}" for text in train_problems(config.data, config.scale, largest)]
         for entry in config.data.val:
-            problems += [f"data.val {entry.name}: {text}" for text in val_problems(entry, config.scale)]
+            found = val_problems(entry, config.scale, PROTOCOLS[config.val.protocol])
+            problems += [f"data.val {entry.name}: {text}" for text in found]
         problems += network_problems(config)
     return list(dict.fromkeys(problems)), reading.notes
 

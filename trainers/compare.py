@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from trainers.checkpoint import replace_file
 from trainers.costs import measure_costs, read_costs
 from trainers.errors import InputError
 from trainers.findings import summary
+from trainers.json_text import to_json
 from trainers.results import load_run
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def compare(run_dirs: Sequence[Path], out: Path, refused: Mapping[str, str] = Ma
     body = report.body(arms, comparison_tables.sections(arms, costs), refused)
     text = page.page(title, kicker, found["headline"], found["remarks"], [warned, *body])
     words = [found["headline"], *found["remarks"]]
-    replace_file(out / "comparison.json", (json.dumps(found, indent=1) + "\n").encode())
+    replace_file(out / "comparison.json", (to_json(found, indent=1) + "\n").encode())
     replace_file(out / "comparison.md", comparison_tables.markdown(arms, refused, costs, words).encode())
     replace_file(out / "report.html", text.encode())
     return out / "report.html"

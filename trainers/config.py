@@ -269,6 +269,14 @@ def contradictions_at(config: Config) -> list[tuple[str, str]]:
         )
     for key, text in method.refusals(Run(config.scale, data.patch)):
         found.append((f"method.{key}" if key else "method", f"method {method.name} {text}"))
+    if train.schedule == "cosine" and train.lr < train.lr_min:
+        found.append(
+            (
+                "train.lr_min",
+                f"{train.lr_min:g} is above train.lr, {train.lr:g}, to which the rate would rise: "
+                "give a lower train.lr_min, or train.schedule: constant",
+            )
+        )
     if data.batch % train.accumulate:
         found.append(
             ("train.accumulate", f"{train.accumulate} does not divide the batch of {data.batch}: choose a divisor")

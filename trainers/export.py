@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import warnings
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from trainers.checkpoint import replace_file
 from trainers.errors import InputError
 from trainers.evaluate import count_macs, count_parameters
+from trainers.json_text import from_json
 from trainers.live_bytes import LiveBytes
 from trainers.pretrained import note
 from trainers.sources import Source, open_source
@@ -213,7 +213,7 @@ def _training(source: Source) -> list[str]:
 def _scores(source: Source, path: Path) -> list[str]:
     """The table of result.json, where the weights are those of a finished run."""
     file = path / "result.json"
-    result: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    result: dict[str, Any] = from_json(file.read_text()) if file.is_file() else {}
     if not result or result["steps"] != source.step:
         return [
             "## Scores",

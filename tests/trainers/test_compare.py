@@ -196,6 +196,23 @@ def test_differences_are_paired_by_seed(seeded: list[Path], tmp_path: Path) -> N
     assert (pairs["output"]["scratch"]["agree"], pairs["facd"]["output"]["n"]) == (2, 3)
 
 
+def test_infinite_psnr_is_compared(fake_run, tmp_path: Path) -> None:
+    """null in the files is the PSNR of equal images."""
+    runs = []
+    for method, found in (("scratch", [None, 31.0]), ("output", [None, None])):
+        for seed, psnr in enumerate(found):
+            run = fake_run(method, seed=seed, folder=f"{method}-{seed}")
+            result = json.loads((run / "result.json").read_text())
+            result["sets"]["photos"]["student"]["psnr"] = psnr
+            (run / "result.json").write_text(json.dumps(result))
+            runs.append(run)
+    report = compare(runs, tmp_path / "out").read_text()
+    assert "<td>inf</td>" in report.replace(' class="best"', "")
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert found["paired"]["photos"]["output"]["scratch"]["differences"] == {"0": 0.0, "1": None}
+    assert not found["paired"]["photos"]["output"]["scratch"]["settled"]
+
+
 def test_words_about_seeds_say_what_is_settled(seeded: list[Path], fake_run, tmp_path: Path) -> None:
     remarks = result(seeded, tmp_path / "out")["remarks"]
     (against,) = [text for text in remarks if text.startswith("Against scratch")]

@@ -133,6 +133,11 @@ def test_the_method_block(tmp_path: Path, change: str, said: str) -> None:
         (["teacher.weights=null"], "teacher: a teacher needs trained weights"),
         (["student.scale=4"], "--set student.scale=4: student.scale: 4, but the run's scale is 2"),
         (["method.weights.pixel={share: 1}"], "method.weights.pixel: shares are measured against the pixel term"),
+        (["train.lr=1.0e-7"], "train.lr_min: 1e-06 is above train.lr, 1e-07, to which the rate would rise"),
+        (
+            ["method.weights.output={value: 1.0, final: 0.1}"],
+            "method.weights.output: Value error, final: 0.1 is reached after `decay` steps: give decay",
+        ),
         (["scale=1"], "--set scale=1: scale: 1 does not belong to task sr: give 2, 3, 4 or 8"),
         (["task=denoise", "scale=2"], "--set scale=2: scale: 2 does not belong to task denoise: leave it out"),
         (["data.degradation={name: noise}"], "data.train: noise keeps the size of an image, but the scale is 2"),
@@ -172,6 +177,14 @@ def test_the_method_block(tmp_path: Path, change: str, said: str) -> None:
 def test_what_an_override_breaks(tmp_path: Path, overrides: list[str], said: str) -> None:
     found = problems(tmp_path, GOOD, *overrides)
     assert any(said in problem for problem in found), found
+
+
+def test_a_rate_and_a_weight_that_fall(tmp_path: Path) -> None:
+    weight = "method.weights.output={value: 1.0, final: 0.1, decay: 5}"
+    assert problems(tmp_path, GOOD, "train.lr=1.0e-7", "train.lr_min=0.0", weight) == []
+    assert problems(tmp_path, GOOD, "train.lr=1.0e-7", "train.schedule=constant") == []
+    plain = load_config(write(tmp_path, GOOD), ["method.weights.output={value: 1.0}"])
+    assert problems(tmp_path, dump_config(plain)) == []
 
 
 def test_overrides_are_typed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,12 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.trainers.test_loop import assert_same_training
-from tests.trainers.tiny import assert_same_state, last_state, metrics, write_tiny
+from tests.trainers.tiny import assert_same_state, last_state, metrics, tiny, write_images, write_tiny, write_yaml
 from trainers import launch
+from trainers.checkpoint import Checkpoints
 from trainers.cli import main
 from trainers.loop import Loop
+from trainers.results import load_run
 from trainers.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,6 +155,44 @@ def test_fewer_steps_than_were_trained_are_refused(tmp_path: Path, capsys: pytes
     assert main(["resume", str(run), "--set", "train.steps=3"]) == 2
     assert "train.steps: 3, but" in capsys.readouterr().err
     assert ((run / "config.yaml").read_text(), (run / "result.json").read_text()) == before
+
+
+@pytest.mark.parametrize("change", ["val.protocol=dehaze-rgb", "data.val=[{name: val, gt: {folder}/other}]"])
+def test_resume_with_another_validation_starts_a_new_series(
+    tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tiny(tmp_path, steps=4, save_every=2)
+    tree["val"]["every"] = 2
+    write_images(tmp_path / "other", 1, seed=3)
+    assert main(["train", str(write_yaml(tmp_path, tree))]) == 0
+    run = tmp_path / "runs" / "scratch"
+    before = [line for line in metrics(run) if line["kind"] == "val"]
+    changed = ["--set", change.replace("{folder}", str(tmp_path))]
+    assert main(["resume", str(run), *changed, "--set", "train.steps=6"]) == 0
+    assert "val: val: measured in another way" in capsys.readouterr().err
+    assert [line for line in metrics(run) if line["kind"] == "val"][: len(before)] == before  # nothing is lost
+    found = load_run(run)
+    curve = found.validation("val", "step")
+    assert [step for step, _ in curve] == [4, 6]
+    assert curve[0][1] != before[-1]["psnr"]
+    step, psnr = max(curve, key=lambda point: point[1])
+    assert found.result["best"] == {"step": step, "psnr": psnr}
+    lines = metrics(run)
+    shutil.rmtree(run / "checkpoints" / "step-000006")  # as if it was killed before
+    assert main(["resume", str(run)]) == 0
+    assert metrics(run) == lines
+
+
+def test_resume_with_another_term_between_two_lines(tmp_path: Path) -> None:
+    config = write_tiny(tmp_path, "dckd", steps=5, log_every=2, save_every=3)
+    assert main(["train", str(config), "--set", "train.steps=3", "--set", "train.log_every=2"]) == 0
+    checkpoints = Checkpoints(tmp_path / "runs" / "dckd" / "checkpoints", keep=1)
+    path, _, state = checkpoints.read_last()
+    state["window"] = {"losses": [torch.zeros(4)], "seconds": 1.0, "waited": 0.0}  # as of a step between two lines
+    torch.save(state, path / "state.pt")
+    more = ["--set", "method.label_consistency=true", "--set", "train.steps=5"]
+    assert main(["resume", str(tmp_path / "runs" / "dckd"), *more]) == 0
+    assert metrics(tmp_path / "runs" / "dckd")[-2]["losses"]["label_consistency"] > 0
 
 
 def test_resume_refuses_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
