@@ -38,12 +38,12 @@ def kept_logits(query: Tensor, key: Tensor) -> int:
 def _fake_triton(
     query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, over_query: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, the logarithm of every softmax's denominator, and no logits."""
+    """The result; of every softmax the highest logit and the logarithm of the sum relative to it; and no logits."""
     channels = (key if value is None else value).shape[1]
     positions = prod((key if over_query else query).shape[2:])
     dtype = accumulator(query)
     out = query.new_empty((query.shape[0], channels, *query.shape[2:]))
-    return out, query.new_empty((query.shape[0], positions), dtype=dtype), query.new_empty(0, dtype=dtype)
+    return out, query.new_empty((query.shape[0], 2, positions), dtype=dtype), query.new_empty(0, dtype=dtype)
 
 
 def _fake_cpu(

@@ -158,6 +158,12 @@ def test_large_logits_do_not_overflow(normalize: str) -> None:
         check(drawn((1, 6, 30), (1, 6, 80), (1, 6, 80)), tolerance=1e-3, scale=scale, normalize=normalize)
 
 
+@both_ways
+def test_scale_of_zero_takes_the_mean(normalize: str) -> None:
+    """Also where a tile has columns that do not exist, whose logits are -infinity."""
+    check(drawn((1, 6, 30), (1, 6, 80), (1, 6, 80)), scale=0.0, normalize=normalize)
+
+
 def test_positions_of_minus_infinity_have_no_weight() -> None:
     """Tiles that hold nothing else must not poison those that follow, and they get no gradient but their own 0."""
     query, key, value = drawn((1, 1, 9), (1, 1, 150), (1, 3, 150), frozen=(0, 1))
