@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .. import tiles
-
-MOST_CHANNELS = 512
+from .spec import MOST_CHANNELS
 
 
 class Tile(NamedTuple):
@@ -112,18 +111,11 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
 
 
 def tile_for(sweep: str, channels: int, dtype: torch.dtype) -> Tile:
-    """The tile of a sweep on what kernels are now compiled for; `channels` is the larger count of the two products.
+    """The tile of a sweep on what kernels are now compiled for; `channels`, at most MOST_CHANNELS, is the larger count of the two products.
 
-    Sweeps are "attend", "attend shared" (by columns that are their own values), "attend given" (the denominators), "slopes", and
+    Sweeps are "attend", "attend shared" (by columns that are their own values), "attend given" (the statistics), "slopes", and
     "slopes shared" (by rows that are their own values).
-
-    Raises:
-        ValueError: more channels than a program can hold.
     """
-    if channels > MOST_CHANNELS:
-        raise ValueError(
-            f"spatial_attention: {channels} channels, but the Triton kernels take at most {MOST_CHANNELS}: pass backend='reference'."
-        )
     architecture = tiles.architecture()
     table = TILES.get(architecture) or TILES[architecture.partition(":")[0]]
     sizes = table.get((sweep, dtype.itemsize)) or table[sweep.split()[0], dtype.itemsize]
