@@ -47,13 +47,6 @@ def _number(numbers, features, row, n, inside):
 
 
 @triton.jit
-def _statistics(statistics, features, batch, n, inside):
-    """Level and log_sum of each position n of a sample."""
-    level = _number(statistics, features, 2 * batch, n, inside)
-    return level, _number(statistics, features, 2 * batch + 1, n, inside)
-
-
-@triton.jit
 def _masked(logits, inside, NEGATIVE: tl.constexpr):
     if NEGATIVE:
         logits = -logits
@@ -136,8 +129,9 @@ def _attend(
             value = tiles.load_features(values, batch, c - COLUMNS, c >= COLUMNS, channel, CV, VALUE_PARTS)
             sums = _add_weighted(sums, shrink, weights, value, GIVEN, VALUE_PARTS, PRECISION)
         if GIVEN:
-            level_c, log_sum = _statistics(statistics, columns, batch, c, inside)
-            weights = _given_weights(logits, level_c, log_sum, inside, scale, NEGATIVE)
+            given_level = _number(statistics, columns, 2 * batch, c, inside)
+            log_sum = _number(statistics, columns, 2 * batch + 1, c, inside)
+            weights = _given_weights(logits, given_level, log_sum, inside, scale, NEGATIVE)
             shrink = total
         else:
             weights, shrink, level, total = _weights(logits, level, total, inside, scale, NEGATIVE)
@@ -183,11 +177,14 @@ def _slopes(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """gradient[r] = sum over columns c of s[r, c] columns[c], s = scale a[r, c] (row_values[r] . column_values[c] - delta).
 
     Values and upstream gradient meet in the same product, whichever of them the rows hold. Rows that are their own values
     receive a[r, c] column_values[c] besides, in the same accumulator.
+
+    AHEAD: the columns' log_sums are loaded by hand a tile ahead; what the compiler loads ahead lies in shared memory.
     """
     batch, first_row, piece = tiles.place(rows, ROWS, SLICES)
     channel = piece * SLICE_PARTS[0]
@@ -202,10 +199,13 @@ def _slopes(
         value_rows = row_values
         row_value = tiles.load_features(row_values, batch, r, row_inside, 0, CV, VALUE_PARTS)
     if not BY_COLUMN:
-        level, log_sum = _statistics(statistics, rows, batch, r, row_inside)
-        level, log_sum = level[:, None], log_sum[:, None]
+        level = _number(statistics, rows, 2 * batch, r, row_inside)[:, None]
+        log_sum = _number(statistics, rows, 2 * batch + 1, r, row_inside)[:, None]
         if gradient is not None:
             mean = _number(delta, rows, batch, r, row_inside)[:, None]
+    if AHEAD:
+        c = tl.arange(0, COLUMNS)
+        next_log_sum = _number(statistics, columns, 2 * batch + 1, c, c < columns.positions)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tiles.zero_features(ROWS, SLICE_PARTS)
     for first in tl.range(0, columns.positions, COLUMNS, num_stages=STAGES):
@@ -233,8 +233,13 @@ def _slopes(
             PRECISION,
         )
         if BY_COLUMN:
-            level, log_sum = _statistics(statistics, columns, batch, c, inside)
-            level, log_sum = level[None, :], log_sum[None, :]
+            level = _number(statistics, columns, 2 * batch, c, inside)[None, :]
+            if AHEAD:
+                log_sum = next_log_sum[None, :]
+                after = c + COLUMNS
+                next_log_sum = _number(statistics, columns, 2 * batch + 1, after, after < columns.positions)
+            else:
+                log_sum = _number(statistics, columns, 2 * batch + 1, c, inside)[None, :]
             mean = _number(delta, columns, batch, c, inside)[None, :]
         weights = tl.exp2(tiles.fma(logits, scale_2, -level) - log_sum)
         slopes = weights * (slopes * scale if gradient is None else slopes * scale - mean)
@@ -359,6 +364,7 @@ def _launch_slopes(
         columns.positions % tile.columns == 0,
         tile.stages,
         _precision(max(channels, value_channels)),
+        tile.ahead and by_column,
         **tile.options,
         **tiles.OPTIONS,
     )
