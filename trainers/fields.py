@@ -97,8 +97,10 @@ class Fixed(Section):
 
     @model_validator(mode="after")
     def _final_needs_decay(self) -> Fixed:
-        # A config that was written out has both, so that only what was written by hand is refused.
-        if "final" in self.model_fields_set and "decay" not in self.model_fields_set:
+        forgotten = (
+            "final" in self.model_fields_set and "decay" not in self.model_fields_set
+        )  # final: 0 is forgotten too
+        if forgotten or (self.final and not self.decay):
             raise ValueError(f"final: {self.final:g} is reached after `decay` steps: give decay, or leave out final")
         return self
 

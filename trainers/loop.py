@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -286,8 +287,8 @@ class Loop:
 
     def _is_best(self, psnr: float) -> bool:
         """Whether this step's PSNR on the first set is the best so far, which it is from here on."""
-        if self.position.best is not None and not psnr > self.position.best["psnr"]:
-            return False
+        if not psnr > (self.position.best["psnr"] if self.position.best else -math.inf):
+            return False  # nor is NaN, to which nothing would compare later
         self.position.best = {"step": self.position.step, "psnr": psnr}
         return True
 

@@ -138,6 +138,8 @@ def test_the_method_block(tmp_path: Path, change: str, said: str) -> None:
             ["method.weights.output={value: 1.0, final: 0.1}"],
             "method.weights.output: Value error, final: 0.1 is reached after `decay` steps: give decay",
         ),
+        (["method.weights.output={value: 1.0, final: 0.0}"], "final: 0 is reached after `decay` steps"),
+        (["method.weights.output={value: 1.0, final: 0.1, decay: 0}"], "final: 0.1 is reached after `decay` steps"),
         (["scale=1"], "--set scale=1: scale: 1 does not belong to task sr: give 2, 3, 4 or 8"),
         (["task=denoise", "scale=2"], "--set scale=2: scale: 2 does not belong to task denoise: leave it out"),
         (["data.degradation={name: noise}"], "data.train: noise keeps the size of an image, but the scale is 2"),
