@@ -7,18 +7,21 @@ from pathlib import Path
 
 import torch
 
-from trainers import networks
+from trainers import methods, networks
 from trainers.architectures import Network
 from trainers.config import Config, stages
 from trainers.config_file import read_config
+from trainers.devices import device_problems
 from trainers.errors import InputError
+from trainers.events import events_problems
+from trainers.methods import Method, Run
 from trainers.metrics import PROTOCOLS
 from trainers.slicing import build_student
 from trainers.taps import Adapters, Tapped, tap_problems
 
 
 def check(path: Path, overrides: Sequence[str] = ()) -> tuple[list[str], list[str]]:
-    """(problems, notes): keys and values, images, weights and taps, all at once. Reads every image."""
+    """(problems, notes): keys and values, images, weights, taps, what this machine lacks, all at once. Reads every image."""
     from trainers.data.sets import train_problems, val_problems
 
     reading = read_config(path, overrides)
@@ -30,7 +33,8 @@ def check(path: Path, overrides: Sequence[str] = ()) -> tuple[list[str], list[st
         for entry in config.data.val:
             found = val_problems(entry, config.scale, PROTOCOLS[config.val.protocol])
             problems += [f"data.val {entry.name}: {text}" for text in found]
-        problems += network_problems(config)
+        problems += network_problems(config) + device_problems(config.train)
+        problems += events_problems() if config.train.tensorboard else []
     return list(dict.fromkeys(problems)), reading.notes
 
 
@@ -50,7 +54,7 @@ def checked_config(path: Path, overrides: Sequence[str], say: Callable[[str], No
 
 
 def network_problems(config: Config) -> list[str]:
-    """Weights that do not load, taps that name no module, and taps whose sizes disagree."""
+    """Weights that do not load, taps that name no module, whose sizes disagree, or of which the method can make nothing."""
     roles: dict[str, Network] = {"student": config.student}
     if config.teacher is not None:
         roles["teacher"] = config.teacher
@@ -66,9 +70,30 @@ def network_problems(config: Config) -> list[str]:
         problems += [f"{role}.taps: {text}" for text in wrong]
         if not wrong:
             tapped[role] = Tapped(built, paths)
-    if len(tapped) == 2 and not problems:
-        problems += [f"taps: {text}" for text in _tap_size_problems(tapped, first_input(config))]
+    method, wrong = described_method(config)
+    problems += wrong
+    if len(tapped) == 2 and not problems and method is not None:
+        problems += _tap_size_problems(tapped, method, config)
     return problems
+
+
+def described_method(config: Config) -> tuple[Method | None, list[str]]:
+    """The config's method, if it can be built, and what is wrong with the weights of its feature network and of its other teachers."""
+    if config.method.refusals(Run(config.scale, config.data.patch)):
+        return None, []  # said with the config
+    try:
+        method = methods.build(config.method)
+    except InputError as error:
+        return None, error.problems
+    problems = []
+    others = method.requirements().weights if config.teacher else {}  # that there is no teacher is said with the config
+    for name, weights in others.items():
+        assert config.teacher is not None
+        try:
+            networks.build_network(config.teacher.model_copy(update={"weights": weights}), name)
+        except InputError as error:
+            problems += [f"method.{name}_{problem.removeprefix(f'{name}.')}" for problem in error.problems]
+    return method, problems
 
 
 def first_input(config: Config) -> torch.Tensor:
@@ -78,9 +103,17 @@ def first_input(config: Config) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _tap_size_problems(tapped: dict[str, Tapped], image: torch.Tensor) -> list[str]:
+def _tap_size_problems(tapped: dict[str, Tapped], method: Method, config: Config) -> list[str]:
+    image, needs = first_input(config), method.requirements()
     try:
-        Adapters(tapped["student"](image)[1], tapped["teacher"](image)[1])
+        student, taught = (tapped[role](image)[1] for role in ("student", "teacher"))
+        if needs.taps and needs.adapters:
+            clean = image.new_zeros(*image.shape[:2], config.data.patch, config.data.patch)
+            taught = method.targets(image, clean, dict.fromkeys(needs.teachers, tapped["teacher"]))
     except InputError as error:
         return error.problems
+    try:
+        Adapters(student, taught)
+    except InputError as error:
+        return [f"taps: {text}" for text in error.problems]
     return []

@@ -176,8 +176,13 @@ def replace_file(path: Path, content: bytes) -> None:
     unfinished = path.with_name(
         f"{path.name}.{os.getpid()}.tmp"
     )  # of this process: others may be writing the same file
-    write_synced(unfinished, content)
-    os.replace(unfinished, path)
+    try:
+        write_synced(unfinished, content)
+        os.replace(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        error.filename = str(path)  # the one that the caller knows
+        raise
     sync_folder(path.parent)
 
 

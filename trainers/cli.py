@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 EXIT_CODES = "exit codes: 0 done, 1 unexpected, 2 bad input, 3 out of memory, 4 diverged, 130 interrupted (state saved)"
-OUT_OF_MEMORY_ADVICE = (
-    "out of memory: raise train.accumulate (2, 4, ...: smaller micro-batches, the same batch and the same result), "
-    "then lower data.patch, or use train.precision=bf16; kdtrain resume RUN --set train.accumulate=2 goes on from the last checkpoint"
+STDOUT = 1
+SMALLER_STEPS = (
+    "raise train.accumulate (--set train.accumulate=2, 4, ...: smaller micro-batches, the same batch and the same result), "
+    "then lower data.patch, or use train.precision=bf16"
 )
 
 
@@ -24,21 +25,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         code: int = options.run(options)
+        sys.stdout.flush()  # here, where a reader that has gone is no error
         return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from trainers.errors import ImageLost
+        from trainers.errors import ImageLost, out_of_memory
 
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            return 1
         known = exit_code(error)
         if known is None:
             raise  # a bug of ours: the traceback is what we need, and Python exits with 1
         code, message = known
+        said = [message, *([options.less_memory] if out_of_memory(error) else []), *getattr(error, "__notes__", [])]
         # On several devices all processes end together for these reasons; the first one says it.
-        if _is_first_process() or code not in (2, 4, 130) or isinstance(error, ImageLost):
-            print(message, file=sys.stderr)
+        if _is_first_process() or code not in (2, 4, 130) or isinstance(error, (ImageLost, OSError)):
+            print("\n".join(said), file=sys.stderr)
         return code
+
+
+def _reader_has_gone() -> bool:
+    """Whether what reads our output has ended, as `head` does; the rest of the output then goes nowhere."""
+    poll = select.poll()
+    poll.register(STDOUT, 0)  # a pipe that nobody reads reports an error unasked
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)  # else Python complains when it flushes at its end
+    return True
 
 
 def _is_first_process() -> bool:
@@ -53,27 +68,23 @@ def _say(text: str) -> None:
 
 def exit_code(error: Exception) -> tuple[int, str] | None:
     """(exit code, message) of a failure that is no bug."""
+    from trainers import errors
     from trainers.checkpoint import SaveFailed
-    from trainers.errors import Diverged, InputError, OutOfMemory, out_of_memory, process_lost
     from trainers.signals import Interrupted
 
-    if isinstance(error, InputError):
+    if isinstance(error, errors.InputError):
         return 2, "\n".join(error.problems)
-    if isinstance(error, OutOfMemory):
-        return 3, str(error)
-    if isinstance(error, Diverged):
-        return 4, str(error)
-    if isinstance(error, Interrupted):
-        return 130, str(error)
-    if isinstance(error, SaveFailed):
-        return 1, str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return 1, f"{error}: free some space, then kdtrain resume RUN goes on from the last checkpoint"
-    lost = process_lost(error)
-    if lost is not None:
-        return 1, f"{lost}; kdtrain resume RUN goes on from the last checkpoint"
-    if out_of_memory(error):
-        return 3, f"{OUT_OF_MEMORY_ADVICE}\n({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    for kind, code in ((errors.OutOfMemory, 3), (errors.Diverged, 4), (Interrupted, 130), (SaveFailed, 1)):
+        if isinstance(error, kind):
+            return code, str(error)
+    failed = errors.disk_failure(error) or errors.process_lost(error)
+    if failed is not None:
+        return 1, failed
+    unusable = errors.unusable_path(error)
+    if unusable is not None:
+        return 2, unusable
+    if errors.out_of_memory(error):
+        return 3, f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return None
 
 
@@ -181,6 +192,7 @@ def parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--size", type=_size, default=(256, 256), metavar="HxW", help="image to measure on (default: 256x256)"
     )
+    export.set_defaults(less_memory="measure on a smaller image: --size 128x128, or less")
 
     data = commands.add_parser("data", help="look into data sets", description="Look into data sets.")
     data_commands = data.add_subparsers(metavar="command", required=True)
@@ -207,7 +219,7 @@ def _command(
     command: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=EXIT_CODES
     )
-    command.set_defaults(run=run)
+    command.set_defaults(run=run, less_memory=SMALLER_STEPS)
     return command
 
 
@@ -223,6 +235,7 @@ def _inference_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--ensemble", action="store_true", help="average over the eight orientations: 8 times the work"
     )
+    command.set_defaults(less_memory="restore in smaller tiles: --tile 256, or less")
 
 
 def _seeds(text: str) -> list[int]:

@@ -100,6 +100,9 @@ class Source:
             self.problems.append(f"{path}: cannot be read ({error.strerror}); write one with kdtrain init")
         except UnicodeDecodeError:
             self.problems.append(f"{path}: is no UTF-8 text")
+        except yaml.reader.ReaderError as error:  # a control character, refused before anything is parsed
+            line = text.count("\n", 0, error.position) + 1
+            self.problems.append(f"{path}:{line}: not valid YAML: the character {chr(error.character)!r}: remove it")
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
             where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""

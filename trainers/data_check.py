@@ -206,16 +206,16 @@ def judge(part: Checked, sizes: Mapping[Path, Size | InputError], patch: int, sc
 
 def data_check_command(paths: Sequence[Path], patch: int, scale: int | None) -> bool:
     """Checks and prints; whether nothing is wrong."""
-    checked, console = check_data(paths, patch, scale), Console()
+    checked, console = check_data(paths, patch, scale), Console(markup=False, emoji=False)
     console.print(_table(checked), highlight=False)
     for kind in (*PROBLEMS, *NOTES):
         texts = list(dict.fromkeys(text for part in checked for text in part.found[kind]))
         for text in texts[:EXAMPLES]:
-            console.print(f"{kind}: {text}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"{kind}: {text}", highlight=False, soft_wrap=True)
         if len(texts) > EXAMPLES:
             console.print(f"{kind}: and {len(texts) - EXAMPLES} more", highlight=False)
     for line in config_lines(checked):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
     return not any(part.faulty for part in checked)
 
 

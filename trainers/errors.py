@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+
+ADVICE = {
+    errno.ENOENT: "give a path that exists, or make its folder first",
+    errno.ENOTDIR: "a file is where a folder is needed: give another path",
+    errno.EEXIST: "a file is where a folder is needed: give another path",
+    errno.EISDIR: "a folder is where a file is needed: give another path",
+    errno.EACCES: "give a place that this user may read and write",
+    errno.EPERM: "give a place that this user may read and write",
+    errno.EROFS: "give a place that can be written",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
 
 
 class InputError(Exception):
@@ -36,6 +49,23 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
     )
+
+
+def unusable_path(error: BaseException) -> str | None:
+    """What a failure says about a path that cannot be used; None if it names none, or one of ours, whose absence is a bug."""
+    if not isinstance(error, OSError) or error.errno not in ADVICE or not isinstance(error.filename, (str, Path)):
+        return None
+    if Path(error.filename).absolute().is_relative_to(Path(__file__).parent):
+        return None
+    return f"{error.filename}: {error.strerror}: {ADVICE[error.errno]}"
+
+
+def disk_failure(error: BaseException) -> str | None:
+    """What a failure says about a disk that is full or broken; None if it is none."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return None
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror}: " + ("look after the disk" if error.errno == errno.EIO else "free some space")
 
 
 def process_lost(error: BaseException) -> str | None:

@@ -9,6 +9,12 @@ from typing import Any
 from trainers.errors import InputError
 
 
+def events_problems() -> list[str]:
+    """The package, where it is missing."""
+    installed = importlib.util.find_spec("tensorboard") is not None
+    return [] if installed else ["train.tensorboard needs the package: pip install 'kdops[tensorboard]'"]
+
+
 class Events:
     """Writes to a folder that TensorBoard reads.
 
@@ -20,8 +26,9 @@ class Events:
     """
 
     def __init__(self, folder: Path, step: int) -> None:
-        if importlib.util.find_spec("tensorboard") is None:
-            raise InputError("train.tensorboard needs the package: pip install 'kdops[tensorboard]'")
+        absent = events_problems()
+        if absent:
+            raise InputError(absent)
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(folder), purge_step=step + 1)

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainers.checkpoint import replace_file
@@ -59,8 +59,8 @@ def export(path: Path, out: Path, *, onnx: bool, size: tuple[int, int]) -> list[
     core = source.network.network
     out.mkdir(parents=True, exist_ok=True)
     files = [out / "model.safetensors"]
-    tensors = {key: value.contiguous() for key, value in core.state_dict().items()}
-    save_file(tensors, files[0], metadata=note(source.entry, source.options))
+    weights = {key: value.contiguous() for key, value in core.state_dict().items()}
+    replace_file(files[0], safetensors.torch.save(weights, metadata=note(source.entry, source.options)))
     differences: dict[str, float] = {}
     if onnx:
         files.append(out / "model.onnx")

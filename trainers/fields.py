@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
+from pydantic_core import PydanticCustomError
 
 from trainers.errors import InputError
 
@@ -50,7 +51,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         InputError: not a size.
     """
-    found = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:e\d{1,2})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
     if found is None:
         raise InputError(f"{text}: give a size such as 8GiB or 512MiB")
     return int(float(found[1]) * UNITS[found[2].upper()])
@@ -146,6 +147,17 @@ Span = Annotated[
     shape_of("a number or [least, most]"),
     AfterValidator(_in_order),
 ]
+
+
+def within(least: float, largest: float) -> AfterValidator:
+    """Bounds of a number, or of both ends of a span; what is not finite lies in none."""
+
+    def bounded(span: float | list[float]) -> float | list[float]:
+        if not all(least <= number <= largest for number in (span if isinstance(span, list) else [span])):
+            raise PydanticCustomError("out_of_bounds", f"must be from {least:g} to {largest:g}")
+        return span
+
+    return AfterValidator(bounded)
 
 
 def most(span: float | list[float]) -> float:

@@ -16,8 +16,9 @@ from trainers.architectures import Network
 from trainers.config import Config, Train, stages
 from trainers.config_file import changes, load_config
 from trainers.data.sets import TrainSet, open_train_set
+from trainers.devices import device_problems, machine_problems
 from trainers.ema import EMA
-from trainers.errors import InputError
+from trainers.errors import InputError, unusable_path
 from trainers.events import Events
 from trainers.loop import Loop
 from trainers.memory import keep_memory, memory_given_back
@@ -63,6 +64,9 @@ def resume(path: Path, overrides: Sequence[str] = (), console: Console | None = 
 
 def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console, *, resuming: bool) -> Path:
     fabric = make_fabric(config.train)
+    alone = machine_problems(fabric, config.train.nodes)
+    if alone:
+        raise InputError(alone)
     fabric.launch()
     if fabric.device.type == "cpu":
         keep_memory()
@@ -91,17 +95,18 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
             if loop.position.step < config.train.steps:
                 folder.set_result_aside()
         shown = TrainingProgress(console, loop.position.step, config.train.steps, shown=fabric.is_global_zero)
-        with shown as progress:
-            progress.say(summary(config, fabric, folder))
-            loop.run(progress)
-            if cache is not None:
-                progress.say(cache.summary())
-        result = loop.result()
-        if fabric.is_global_zero:
-            position = loop.position
-            with memory_given_back():
-                write_results(loop.validation, result, folder, position)
-        fabric.barrier()
+        with folder.telling_how_to_go_on():
+            with shown as progress:
+                progress.say(summary(config, fabric, folder))
+                loop.run(progress)
+                if cache is not None:
+                    progress.say(cache.summary())
+            result = loop.result()
+            if fabric.is_global_zero:
+                position = loop.position
+                with memory_given_back():
+                    write_results(loop.validation, result, folder, position)
+            fabric.barrier()
     finally:
         folder.close()
     return folder.path
@@ -127,19 +132,18 @@ def make_fabric(train: Train) -> Fabric:
     """Fabric for the config's devices and precision; it starts the other processes by itself.
 
     Raises:
-        InputError: a student to be shared among one device.
+        InputError: devices that are not there, a student to be shared among one.
     """
-    fabric = Fabric(
+    wrong = device_problems(train)
+    if wrong:
+        raise InputError(wrong)
+    return Fabric(
         accelerator=train.accelerator,
         devices=train.devices,
         num_nodes=train.nodes,
         precision="bf16-mixed" if train.precision == "bf16" else "32-true",
         strategy=Sharded() if train.strategy == "fsdp" else "auto",
     )
-    # Asked before the launch, which leaves its traces in the environment.
-    if isinstance(fabric.strategy, Sharded) and fabric.strategy.num_processes * train.nodes == 1:
-        raise InputError("train.strategy: fsdp shares the student among devices, and this is one: choose ddp")
-    return fabric
 
 
 def build_loop(
@@ -244,6 +248,11 @@ def _on_first_rank(fabric: Fabric, open_folder: Callable[[], RunFolder]) -> RunF
             path = folder.path
         except InputError as error:
             problems = error.problems
+        except OSError as error:
+            unusable = unusable_path(error)
+            if unusable is None:
+                raise
+            problems = [unusable]
     path, problems = fabric.broadcast((path, problems))
     if problems:
         raise InputError(problems)

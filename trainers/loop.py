@@ -234,7 +234,7 @@ class Loop:
                 with closing(made):
                     yield from ((lq, gt) for _, lq, gt in made)
             except InputError as error:
-                raise self._image_lost(error) from None
+                raise ImageLost([*error.problems, "put that right to go on"]) from None
 
     def _log(self, progress: TrainingProgress) -> None:
         window, step = self.window, self.position.step
@@ -270,7 +270,7 @@ class Loop:
             try:
                 found = self.validation(any_size(self.config.student, result, self.config.val.tile))
             except InputError as error:
-                raise self._image_lost(error) from None
+                raise ImageLost([*error.problems, "put that right to go on"]) from None
             for measured in found:
                 if measured["set"] not in self.validated:
                     self._write(
@@ -292,10 +292,6 @@ class Loop:
         self.position.best = {"step": self.position.step, "psnr": psnr}
         return True
 
-    def _image_lost(self, error: InputError) -> ImageLost:
-        advice = f"put that right, then kdtrain resume {self.folder.path} goes on from the last checkpoint"
-        return ImageLost([*error.problems, advice])
-
     def _check_finite(self, losses: Sequence[Tensor]) -> None:
         """Raises Diverged at the first of the latest steps with a NaN or infinite loss, and saves that step's batch."""
         values = self._everywhere(torch.stack(list(losses)))  # (steps, terms)
@@ -314,8 +310,7 @@ class Loop:
             torch.save({"step": step, "losses": named, "lq": lq, "gt": gt}, batch_file)
         raise Diverged(
             f"the loss term {term} became {named[term]} in step {step}; its batch is in {batch_file}. "
-            "Lower train.lr, set train.clip, or give the term a smaller weight or a ramp; "
-            f"kdtrain resume {self.folder.path} --set ... goes on from the last checkpoint"
+            "Lower train.lr, set train.clip, or give the term a smaller weight or a ramp, with --set"
         )
 
     def save(self, *, best: bool = False) -> None:

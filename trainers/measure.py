@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainers.config import Data, ValSet
-from trainers.data.degradations import AnyDegradation
+from trainers.data.degradations import AnyDegradation, Bicubic
 from trainers.data.sets import open_val_set
 from trainers.errors import InputError
 from trainers.evaluate import baseline, evaluate
@@ -23,6 +24,7 @@ from trainers.no_reference import NoReference, read_brisque
 from trainers.sources import Source, open_source
 from trainers.tasks import TASKS, Task
 
+WIDEST = 10_000  # columns of a table
 DIGITS = {"psnr": 3, "ssim": 4}  # in tables; 2 for others
 
 
@@ -69,12 +71,11 @@ def measure(source: Path, wanted: Wanted) -> dict[str, Any]:
     restorer = opened.restorer(tile=wanted.tile, ensemble=wanted.ensemble)
     worse_name, worse = baseline(opened.network.scale)
     sets = {}
-    for text in wanted.data:
-        chosen = chosen_set(text, wanted)
+    for name, chosen in chosen_sets(wanted).items():
         if chosen.lq is None and data.degradation is None:
-            raise InputError(f"--data {text}: task {task.name} makes no inputs by itself: give --lq or --degradation")
+            raise InputError(f"--data {name}: task {task.name} makes no inputs by itself: give --lq or --degradation")
         pairs = open_val_set(chosen, opened.network.scale, data)
-        sets[chosen.name] = {
+        sets[name] = {
             who: evaluate(one, pairs, protocol, opened.network.scale, opened.device, extra)
             for who, one in ((worse_name, worse), ("network", restorer))
         }
@@ -120,23 +121,48 @@ def chosen_degradation(opened: Source, wanted: Wanted, task: Task) -> AnyDegrada
         same = opened.config is not None and opened.config.task == task.name
         return opened.config.data.degradation if opened.config and same else task.degradation
     try:
-        return Data.model_validate({"degradation": yaml.safe_load(wanted.degradation)}).degradation
+        degradation = Data.model_validate({"degradation": yaml.safe_load(wanted.degradation)}).degradation
     except (yaml.YAMLError, ValidationError) as error:
         known = ", ".join(kind.model_fields["name"].default for kind in get_args(get_args(AnyDegradation)[0]))
         raise InputError(
             f"--degradation {wanted.degradation}: write it as in a config, e.g. '{{name: noise, sigma: 15}}'; known: {known}\n{error}"
         ) from None
+    scale = opened.network.scale
+    if degradation is not None and scale > 1 and not isinstance(degradation, Bicubic):
+        raise InputError(
+            f"--degradation {wanted.degradation}: {degradation.name} keeps the size of an image, but the network's scale is {scale}: "
+            "take bicubic, or give the inputs with --lq"
+        )
+    return degradation
 
 
-def chosen_set(text: str, wanted: Wanted) -> ValSet:
-    """NAME=PLACE or PLACE."""
-    name, equals, place = text.partition("=")
-    place = place if equals else text
-    name = name if equals else Path(text).stem
-    if place != PHOTOS and not Path(place).exists():
-        raise InputError(f"--data {text}: there is no folder or image {place}")
+def chosen_sets(wanted: Wanted) -> dict[str, ValSet]:
+    """The sets by name: the NAME of NAME=PLACE, else the end of the place's path, as long as tells it from the other places."""
+    given = [text.partition("=") for text in wanted.data]
+    places = [place if equals else text for text, equals, place in given]
+    absent = [place for place in places if place != PHOTOS and not Path(place).exists()]
+    if absent:
+        raise InputError([f"--data {place}: there is no folder or image {place}" for place in absent])
+    paths = [Path(place).resolve() for place in places]
+    names = [
+        name if equals else shortest_end(path, paths) for (name, equals, _), path in zip(given, paths, strict=True)
+    ]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError([f"--data: two sets are called {name}: give each a name, --data NAME=PLACE" for name in twice])
     lq = None if wanted.lq is None else str(wanted.lq)
-    return ValSet.model_validate({"name": name, "gt": place, "lq": lq, "lq_template": wanted.lq_template})
+    # A name in a table may hold what one in a config, which becomes a folder, may not: the set itself needs none.
+    kept = {"name": "eval", "lq": lq, "lq_template": wanted.lq_template}
+    return {name: ValSet.model_validate(kept | {"gt": place}) for name, place in zip(names, places, strict=True)}
+
+
+def shortest_end(path: Path, paths: Sequence[Path]) -> str:
+    """The last parts of a path, without an image's extension: as few as no other of the paths ends with."""
+    others = [other.parts for other in paths if other != path]
+    counts = range(1, len(path.parts))
+    fewest = next((n for n in counts if all(other[-n:] != path.parts[-n:] for other in others)), len(path.parts))
+    end = Path(*path.parts[-fewest:])
+    return str(end.with_suffix("") if path.is_file() else end)
 
 
 def print_measured(measured: dict[str, Any], *, as_json: bool) -> None:
@@ -145,7 +171,7 @@ def print_measured(measured: dict[str, Any], *, as_json: bool) -> None:
         print(to_json(measured, indent=1))
         return
     options = ", ".join(f"{key} {value}" for key, value in measured["options"].items())
-    console, worse = Console(), measured["baseline"]
+    console, worse = Console(markup=False, emoji=False), measured["baseline"]  # names of files are no markup
     console.print(f"{measured['weights']}: {measured['arch']} ({options})", highlight=False, soft_wrap=True)
     console.print(measured["protocol_text"], highlight=False, soft_wrap=True)
     metrics = [name for name in next(iter(measured["sets"].values()))["network"] if name != "per_image"]
@@ -157,4 +183,6 @@ def print_measured(measured: dict[str, Any], *, as_json: bool) -> None:
         for image, old, new in [*rows, ("mean", before, after)]:
             shown = (f"{score[m]:.{DIGITS.get(m, 2)}f}" for m in metrics for score in (old, new))
             table.add_row(name, image, *shown)
+    # At its natural width, whatever the terminal's is: a number that is cut short is a wrong number.
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=WIDEST)).maximum)
     console.print(table)

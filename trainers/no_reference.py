@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from torch import Tensor
 
 from trainers.brisque import Brisque
@@ -47,3 +48,5 @@ def read_brisque(model: Path) -> Brisque:
         raise InputError(f"{error.filename}: cannot be read ({error.strerror}); give brisque_model_live.yml") from None
     except ValueError as error:
         raise InputError(str(error)) from None
+    except yaml.YAMLError:  # another kind of file
+        raise InputError(f"{model}: is no YAML; give brisque_model_live.yml") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -38,7 +39,7 @@ def read_weights(source: str) -> dict[str, Tensor]:
         else:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the two readers raise many types for a broken file
-        raise InputError(f"{path}: cannot be read as weights: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path}: cannot be read as weights: {why_unreadable(error)}") from None
     for wrapper in WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
@@ -47,6 +48,15 @@ def read_weights(source: str) -> dict[str, Tensor]:
     if all(key.startswith(PARALLEL) for key in loaded):
         loaded = {key.removeprefix(PARALLEL): value for key, value in loaded.items()}
     return dict(loaded)
+
+
+def why_unreadable(error: Exception) -> str:
+    """In our words where torch's advise to load the file with weights_only=False, which runs whatever code is in it."""
+    if not isinstance(error, pickle.UnpicklingError):
+        return (str(error) or type(error).__name__).splitlines()[0]
+    if "Unsupported global" in str(error):
+        return "it holds Python objects besides tensors, which may run code: save its state_dict() alone"
+    return "it is no file of torch.save: give a .safetensors or .pth file"
 
 
 def weights_path(source: str) -> Path:

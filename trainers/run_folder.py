@@ -8,18 +8,20 @@ import os
 import platform
 import shlex
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
-from trainers.checkpoint import Checkpoints, replace_file
+from trainers.checkpoint import Checkpoints, SaveFailed, replace_file
 from trainers.config import Config
 from trainers.config_file import dump_config
 from trainers.errors import InputError
 from trainers.events import Events
 from trainers.json_text import from_json, to_json
+from trainers.signals import Interrupted
 
 LOCK = ".lock"
 PACKAGES = ("kdops", "torch", "triton", "lightning-fabric", "numpy", "pydantic", "safetensors", "scikit-image")
@@ -64,6 +66,21 @@ class RunFolder:
 
     def checkpoints(self, keep: int) -> Checkpoints:
         return Checkpoints(self.path / "checkpoints", keep)
+
+    @contextmanager
+    def telling_how_to_go_on(self) -> Iterator[None]:
+        """Within, a failure gets a note that says from where a resume goes on, or that there is nothing to resume."""
+        try:
+            yield
+        except (Interrupted, SaveFailed):
+            raise  # they say it themselves
+        except Exception as error:
+            last = self.checkpoints(keep=1).last()
+            if last is None:
+                error.add_note(f"nothing has been saved yet: remove {self.path} and start again with kdtrain train")
+            else:
+                error.add_note(f"kdtrain resume {self.path} goes on from {last.name}")
+            raise
 
     def describe(self, config: Config) -> None:
         """Writes config.yaml and env.json, and adds the command to command.txt."""

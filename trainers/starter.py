@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from trainers.checkpoint import replace_file
 from trainers.config import Config
 from trainers.errors import InputError
 from trainers.methods import METHODS, Run
@@ -37,7 +38,7 @@ def write_starter(path: Path, task: str, method: str) -> None:
     """
     if path.exists():
         raise InputError(f"{path} exists already: give another file name")
-    path.write_text(starter(task, method), encoding="utf-8")
+    replace_file(path, starter(task, method).encode())
 
 
 def starter(task: str, method: str) -> str:

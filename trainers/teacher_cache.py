@@ -161,6 +161,7 @@ def open_cache(config: Config, writers: int) -> TeacherCache | None:
     if wanted is None:
         return None
     folder = Path(config.out) / "teacher-cache" if wanted.path == "auto" else Path(wanted.path)
+    folder.mkdir(parents=True, exist_ok=True)  # what cannot be one is told before the first step
     return TeacherCache(folder, parse_bytes(wanted.max_size), writers)
 
 

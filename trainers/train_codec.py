@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
 import kdops
+from trainers.checkpoint import replace_file
 from trainers.config import Data
 from trainers.data.sets import TrainSet, open_train_set
 from trainers.errors import InputError
@@ -55,6 +56,7 @@ def train_codec(out: Path, data: Data, steps: int, seed: int, progress: Training
         raise InputError(f"--steps {steps}: a codec is trained for at least 1 step")
     if out.exists():
         raise InputError(f"{out} exists already: give another file name")
+    out.parent.mkdir(parents=True, exist_ok=True)
     train_set = open_train_set(data.model_copy(update={"batch": BATCH}), SCALE, PATCH)
     seed_everything(seed)
     codec, decoder = Codec(), Decoder()
@@ -74,8 +76,7 @@ def train_codec(out: Path, data: Data, steps: int, seed: int, progress: Training
             if (step + 1) % STEPS_BETWEEN_LINES == 0:
                 progress.say(f"step {step + 1}/{steps}  mean absolute error {loss.item():.4f}")
     make_codebook(codec, train_set, seed, steps)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(codec.state_dict(), out)
+    replace_file(out, safetensors.torch.save(codec.state_dict()))
 
 
 @torch.no_grad()

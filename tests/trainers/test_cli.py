@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +159,18 @@ def test_eval_of_a_run_a_checkpoint_and_weights(tmp_path: Path, capsys: pytest.C
         (["codec", "codec.txt"], "give codec.safetensors"),
         (["codec", "codec.safetensors", "--steps", "0"], "--steps 0: a codec is trained for at least 1 step"),
         (["codec", "codec.safetensors", "--steps", "-3"], "--steps -3: a codec is trained"),
+        (
+            ["init", "absent/x.yaml"],
+            "absent/x.yaml: No such file or directory: give a path that exists, or make its folder",
+        ),
+        (
+            ["export", "weights.pth", "-o", "other.pth"],
+            "other.pth: Not a directory: a file is where a folder is needed",
+        ),
+        (["codec", "other.pth/codec.safetensors"], "other.pth: File exists: a file is where a folder is needed"),
+        (["eval", "notes.md"], "notes.md: cannot be read as weights: it is no file of torch.save"),
+        (["eval", "objects.pth"], "it holds Python objects besides tensors, which may run code"),
+        (["eval", "empty.pth"], "empty.pth: cannot be read as weights: EOFError"),
     ],
 )
 def test_bad_input_is_2_and_named(
@@ -168,6 +183,9 @@ def test_bad_input_is_2_and_named(
     monkeypatch.chdir(tmp_path)
     torch.save({"params": load_file(write_teacher(tmp_path / "t.safetensors"))}, tmp_path / "weights.pth")
     torch.save({"params": {"w": torch.zeros(1)}}, tmp_path / "other.pth")
+    torch.save({"params": argparse.Namespace()}, tmp_path / "objects.pth")
+    (tmp_path / "empty.pth").touch()
+    (tmp_path / "notes.md").write_text("# Notes\n")
     assert main(arguments) == 2
     assert said in capsys.readouterr().err
 
@@ -201,6 +219,59 @@ def test_a_bug_is_no_success(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "_doctor", broken)
     with pytest.raises(ZeroDivisionError):  # Python prints it and exits with 1
         main(["doctor"])
+
+
+def test_a_path_of_our_own_that_is_missing_is_a_bug() -> None:
+    def absent(path: Path) -> tuple[int, str] | None:
+        return cli.exit_code(FileNotFoundError(errno.ENOENT, "No such file or directory", str(path)))
+
+    assert absent(Path(cli.__file__).with_name("absent.yaml")) is None
+    assert absent(Path("absent.yaml")) is not None
+    assert cli.exit_code(OSError(errno.EBADF, "Bad file descriptor")) is None
+
+
+@pytest.mark.parametrize("out", ["afile", "."])
+def test_a_file_where_a_run_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str) -> None:
+    for name in ("afile", "scratch"):
+        (tmp_path / name).touch()
+    assert main(["train", str(write_tiny(tmp_path)), "--set", f"out={tmp_path / out}", "--set", "name=scratch"]) == 2
+    assert "scratch: Not a directory: a file is where a folder is needed" in capsys.readouterr().err
+
+
+def test_a_full_disk_outside_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["init", str(tmp_path / "x.yaml")]) == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'x.yaml'}: No space left on device: free some space\n"
+    assert list(tmp_path.iterdir()) == []  # nothing that was cut short
+
+
+def test_a_reader_that_ends_early_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "trainers", "init", "--schema"]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(("command", "advice"), [("export", "--size 128x128"), ("train", "train.accumulate=2")])
+def test_advice_where_memory_runs_out_is_that_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, advice: str
+) -> None:
+    def greedy(options: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr(cli, f"_{command}", greedy)
+    assert main([command, "given"]) == 3
+    said = capsys.readouterr().err
+    assert said.startswith("out of memory (MemoryError)\n")
+    assert advice in said
+    assert "resume" not in said
 
 
 def test_ctrl_c_outside_of_training(monkeypatch: pytest.MonkeyPatch) -> None:

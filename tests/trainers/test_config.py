@@ -232,6 +232,7 @@ def test_the_task_fills_in_what_is_not_given(tmp_path: Path, task: str) -> None:
     ("text", "said"),
     [
         ("name: [", "run.yaml:1:8: not valid YAML"),
+        ("name: a\nout: b\x07\n", "run.yaml:2: not valid YAML: the character '\\x07': remove it"),
         ("name: a\nname: b", "not valid YAML: found duplicate key name"),
         ("- a", "must hold keys and values"),
         ("", "must hold keys and values"),

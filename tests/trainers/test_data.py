@@ -347,6 +347,12 @@ def test_absent_and_empty_folders(tmp_path: Path) -> None:
     assert "lq: no such folder" in problems[1]
 
 
+def test_photos_have_no_folder_of_inputs() -> None:
+    problems = val_problems(ValSet(name="photos", gt="photos", lq="nowhere"), 2)
+    assert len(problems) == 1
+    assert "nowhere: holds no inputs of the embedded photographs" in problems[0]
+
+
 def test_val_images_must_hold_the_ssim_window(tmp_path: Path) -> None:
     write_pairs(tmp_path, [(7, 8), (8, 8)])
     entry = ValSet(name="v", gt=f"{tmp_path}/gt", lq=f"{tmp_path}/lq")
@@ -367,6 +373,16 @@ def test_headers_tell_unreadable_images_and_wrong_pairs_but_not_a_rotation(tmp_p
         f"{tmp_path}/gt/0.png: cannot be read as an image",
         f"{tmp_path}/lq/3.png: 8x9",
     ]
+
+
+def test_a_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_png(tmp_path / "a.png", noise(5, 9))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stored_size(tmp_path: Path) -> None:

@@ -120,6 +120,12 @@ def test_inputs_alone_are_unpaired(tmp_path: Path) -> None:
     assert found(part) == {"unpaired": 2}
 
 
+def test_brackets_in_names_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images(tmp_path / "photos[copy]", "a")
+    assert main(["data", "check", str(tmp_path / "photos[copy]"), "--patch", "16"]) == 0
+    assert "photos[copy]" in capsys.readouterr().out.split("data.train for")[0]
+
+
 def test_what_it_prints_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its last lines are data.train of a config."""
     images(tmp_path / "odd: 'name'/target", "1 2")

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from tests.trainers.tiny import write_images
 from trainers.config import Data, TrainFolders, ValSet
-from trainers.data.degradations import AnyDegradation, Bicubic, GaussianBlur, MotionBlur, Noise, Rain
+from trainers.data.degradations import AnyDegradation, Bicubic, Degradation, GaussianBlur, MotionBlur, Noise, Rain
 from trainers.data.degradations.blur import correlate, gaussian
 from trainers.data.degradations.splat import splat
 from trainers.data.images import to_uint8, write_png
@@ -197,6 +198,33 @@ def test_rain_brightens_all_channels_alike_and_looks_like_a_file() -> None:
 def test_no_rain_changes_nothing() -> None:
     image = torch.rand(3, 20, 20).mul(255).round() / 255
     torch.testing.assert_close(rain(density=0.0).degrade(image, random()), image, atol=1e-6, rtol=0)
+
+
+def test_the_least_of_everything_changes_nothing() -> None:
+    image = torch.rand(3, 20, 20).mul(255).round() / 255
+    for nothing in (
+        Noise(sigma=0.0),
+        rain(length=0.0),
+        rain(width=0.0),
+        MotionBlur(length=0.0),
+        GaussianBlur(sigma=0.0),
+    ):
+        margin = nothing.margin()
+        wide = torch.nn.functional.pad(image, (margin,) * 4, mode="reflect")
+        torch.testing.assert_close(nothing.degrade(wide, random()), image, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("wrong", [-1e-3, -5.0, 1e6, math.nan, math.inf, [-1.0, 2.0], [1.0, math.inf], [math.nan, 2.0]])
+@pytest.mark.parametrize("kind", [Noise, Rain, MotionBlur, GaussianBlur])
+def test_every_number_is_bounded(kind: type[Degradation], wrong: float | list[float]) -> None:
+    for option in set(kind.model_fields) - {"name", "angle"}:
+        with pytest.raises(ValidationError, match=rf"{option}\n|{option}\.(number|list)"):
+            kind.model_validate({"name": kind.model_fields["name"].default, option: wrong})
+
+
+def test_a_bound_is_named() -> None:
+    with pytest.raises(ValidationError, match="must be from -180 to 180"):
+        Rain(angle=[0.0, 270.0])
 
 
 def test_splat_keeps_mass_and_place() -> None:

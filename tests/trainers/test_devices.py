@@ -10,11 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.trainers.test_every_method import config as tiny_config
 from tests.trainers.test_loop import assert_same_training
 from tests.trainers.tiny import last_state, write_tiny
 from trainers.cli import main
+from trainers.config import Train
+from trainers.devices import device_problems
 from trainers.loop import STEPS_BETWEEN_AGREEMENTS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -147,3 +150,25 @@ def test_sharding_takes_over(tmp_path: Path) -> None:
 def test_one_device_shares_with_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(write_tiny(tmp_path)), *FSDP]) == 2
     assert "fsdp shares the student among devices, and this is one: choose ddp" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_a_gpu_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, str(write_tiny(tmp_path)), "--set", "train.accelerator=cuda"]) == 2
+    assert "train.accelerator: cuda, but torch finds no such device here" in capsys.readouterr().err
+
+
+def test_more_gpus_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_problems(Train(steps=1, devices=2)) == []
+    assert device_problems(Train(steps=1, strategy="fsdp")) == []
+    assert "choose at most 2" in device_problems(Train(steps=1, devices=3))[0]
+
+
+def test_machines_without_a_launcher_do_not_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(["train", str(write_tiny(tmp_path)), "--set", "train.nodes=2"]) == 2
+    assert "train.nodes: 2, but no launcher has started this process" in capsys.readouterr().err

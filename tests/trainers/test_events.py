@@ -25,6 +25,7 @@ def test_events_hold_the_metrics(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(INSTALLED, reason="needs tensorboard to be absent")
-def test_without_the_package_it_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", str(write_tiny(tmp_path)), "--set", "train.tensorboard=true"]) == 2
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_without_the_package_it_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, str(write_tiny(tmp_path)), "--set", "train.tensorboard=true"]) == 2
     assert "pip install 'kdops[tensorboard]'" in capsys.readouterr().err

@@ -326,8 +326,14 @@ def test_a_nan_in_a_batch_stops_before_it_is_saved(
         return lq, gt
 
     monkeypatch.setattr(TrainSet, "samples", spoiled)
+    assert main(["train", str(config), "--set", "name=unsaved", "--set", "train.save_every=9"]) == 4
+    said = capsys.readouterr().err
+    assert "nothing has been saved yet: remove" in said
+    assert "resume" not in said
     assert main(["train", str(config), "--set", "name=spoiled"]) == 4
-    assert "loss term pixel became nan in step 6" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "loss term pixel became nan in step 6" in said
+    assert "spoiled goes on from step-000003" in said
     run = tmp_path / "runs" / "spoiled"
     assert torch.load(run / "diverged-step-000006.pt", weights_only=True)["lq"].isnan().any()
     assert last_step(run) == 3  # step 6 was due to be saved

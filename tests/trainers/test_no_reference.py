@@ -60,6 +60,9 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
         (tmp_path / name).write_text("%YAML:1.0\n---\nrange: 1\n")
     with pytest.raises(InputError, match="must hold OpenCV"):
         read_brisque(tmp_path / "model.yml")
+    (tmp_path / "model.yml").write_text("[")
+    with pytest.raises(InputError, match=r"model\.yml: is no YAML"):
+        read_brisque(tmp_path / "model.yml")
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -258,6 +258,9 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size_or_patch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="give a size such as 8GiB"):
         parse_bytes("lots")
+    for text in ("1.2.3GiB", ".", "1e999"):
+        with pytest.raises(InputError, match="give a size such as 8GiB"):
+            parse_bytes(text)
     assert main(["plan", str(write_tiny(tmp_path)), "--patch", "17"]) == 2
     assert "17 is not a multiple" in capsys.readouterr().err
 

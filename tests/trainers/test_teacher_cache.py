@@ -106,6 +106,9 @@ def test_a_run_that_would_not_fit_is_refused_before_it_starts(
     assert entries(tmp_path) == []
     assert main(["train", str(config), "--set", "train.teacher_cache={max_size: much}"]) == 2
     assert "give a size such as 8GiB" in capsys.readouterr().err
+    (tmp_path / "afile").touch()
+    assert main(["train", str(config), "--set", "train.teacher_cache={path: afile}"]) == 2
+    assert "afile: File exists: a file is where a folder is needed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["output", "facd", "dukd", "dckd", "csd", "skd"])

@@ -3,6 +3,7 @@ the file, or float32 in [0, 1]."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from trainers.checkpoint import replace_file
 from trainers.errors import InputError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
@@ -93,11 +95,13 @@ def bits_per_channel(path: Path, image: Image.Image) -> int:
 
 
 def write_png(path: Path, image: Tensor) -> None:
-    """Writes (3, H, W) or grey (1, H, W), uint8 or float in [0, 1] (clipped and rounded), as PNG; makes the folder."""
+    """Writes (3, H, W) or grey (1, H, W), uint8 or float in [0, 1] (clipped and rounded), as PNG, whole or not at all; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = image if image.dtype == torch.uint8 else to_uint8(image)
     last = pixels.permute(1, 2, 0).cpu().contiguous().numpy()
-    Image.fromarray(last[..., 0] if last.shape[2] == 1 else last).save(path, format="PNG")
+    encoded = io.BytesIO()
+    Image.fromarray(last[..., 0] if last.shape[2] == 1 else last).save(encoded, format="PNG")
+    replace_file(path, encoded.getvalue())
 
 
 def to_uint8(image: Tensor) -> Tensor:

@@ -205,7 +205,13 @@ def train_files(data: Data) -> tuple[list[PairFiles], list[str]]:
 
 
 def val_files(entry: ValSet) -> tuple[list[PairFiles], list[str]]:
-    return match_photos(HELD_OUT_PHOTOS) if entry.gt == "photos" else match_folders(*folders(entry))
+    if entry.gt != "photos":
+        return match_folders(*folders(entry))
+    if entry.lq is not None:
+        return [], [
+            f"{entry.lq}: holds no inputs of the embedded photographs: give their folder as gt, or leave lq out"
+        ]
+    return match_photos(HELD_OUT_PHOTOS)
 
 
 def folders(images: TrainFolders | ValSet) -> tuple[Path, Path | None, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trainers.data.degradations.base import Degradation, as_stored
 from trainers.data.degradations.splat import splat
-from trainers.fields import Span, draw, most
+from trainers.fields import Span, draw, most, within
 
 Kernel = npt.NDArray[np.float64]
 
@@ -28,9 +28,9 @@ class MotionBlur(Degradation):
 
     name: Literal["motion_blur"] = "motion_blur"
     """The degradation."""
-    length: Span = Field(default=[5.0, 30.0])
+    length: Annotated[Span, within(0, 1000)] = Field(default=[5.0, 30.0])
     """Length of the path in pixels: a number or [least, most]."""
-    bend: float = Field(default=60.0, ge=0)
+    bend: Annotated[float, within(0, 3600)] = 60.0
     """Standard deviation in degrees of the change of direction between the path's ends; 0 blurs along straight lines."""
 
     def margin(self) -> int:
@@ -56,7 +56,7 @@ class GaussianBlur(Degradation):
 
     name: Literal["gaussian_blur"] = "gaussian_blur"
     """The degradation."""
-    sigma: Span = Field(default=[0.5, 3.0])
+    sigma: Annotated[Span, within(0, 100)] = Field(default=[0.5, 3.0])
     """Standard deviation in pixels: a number or [least, most]."""
 
     def margin(self) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from trainers.data.degradations.base import Degradation
-from trainers.fields import Span, draw
+from trainers.fields import Span, draw, within
 
 
 class Noise(Degradation):
@@ -21,7 +21,7 @@ class Noise(Degradation):
 
     name: Literal["noise"] = "noise"
     """The degradation."""
-    sigma: Span = 25.0
+    sigma: Annotated[Span, within(0, 255)] = 25.0
     """Standard deviation on the 0..255 scale: a number, or [least, most] from which each sample draws its own."""
 
     def degrade(self, image: Tensor, random: np.random.Generator) -> Tensor:

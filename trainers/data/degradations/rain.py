@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainers.data.degradations.base import Degradation, as_stored
 from trainers.data.degradations.splat import splat
-from trainers.fields import Span, draw, most
+from trainers.fields import Span, draw, most, within
 
 ACROSS = 4  # points side by side that make up a streak's width
 
@@ -28,17 +28,17 @@ class Rain(Degradation):
 
     name: Literal["rain"] = "rain"
     """The degradation."""
-    density: Span = Field(default=[1.0, 25.0])
+    density: Annotated[Span, within(0, 1000)] = Field(default=[1.0, 25.0])
     """Streaks per 1,000 pixels, of each sample: a number or [least, most]."""
-    length: Span = Field(default=[10.0, 50.0])
+    length: Annotated[Span, within(0, 1000)] = Field(default=[10.0, 50.0])
     """Length of a streak in pixels."""
-    width: Span = Field(default=[0.7, 2.2])
+    width: Annotated[Span, within(0, 100)] = Field(default=[0.7, 2.2])
     """Width of a streak in pixels."""
-    angle: Span = Field(default=[-40.0, 40.0])
+    angle: Annotated[Span, within(-180, 180)] = Field(default=[-40.0, 40.0])
     """Direction of the rain in degrees from the vertical, of each sample."""
-    spread: float = Field(default=6.0, ge=0)
+    spread: Annotated[float, within(0, 180)] = 6.0
     """Standard deviation in degrees of the streaks' directions around that of the sample."""
-    brightness: Span = Field(default=[0.2, 0.8])
+    brightness: Annotated[Span, within(0, 10)] = Field(default=[0.2, 0.8])
     """What a streak adds in its middle; 1 is white on black."""
 
     def degrade(self, image: Tensor, random: np.random.Generator) -> Tensor:
@@ -59,7 +59,7 @@ class Rain(Degradation):
             draw(span, random, (count, 1, 1)) for span in (self.length, self.width, self.brightness)
         )
         angle = np.deg2rad(wind + self.spread * random.standard_normal((count, 1, 1)))
-        steps = math.ceil(most(self.length))
+        steps = max(1, math.ceil(most(self.length)))
         along = ((np.arange(steps) + 0.5) / steps - 0.5)[:, None]  # (steps, 1), of the length, from its middle
         across = ((np.arange(ACROSS) + 0.5) / ACROSS - 0.5) * thickness  # (count, 1, ACROSS)
         mass = brightness * (1 - (2 * along) ** 2) * length / steps * thickness / ACROSS  # (count, steps, 1)

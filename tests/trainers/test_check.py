@@ -1,0 +1,57 @@
+"""trainers.check: what only the whole run shows is found before it starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainers.tiny import tiny, write_yaml
+from trainers.check import check
+from trainers.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CODEC = {"name": "codec", "weights": "teacher.safetensors"}
+
+
+def same_size(folder: Path, method: dict[str, Any]) -> Path:
+    """A config of denoising whose teacher, a NAFNet, has weights of its own."""
+    from tests.trainers.test_restore import weights
+
+    weights(folder, "nafnet")
+    network = {"arch": "nafnet", "width": 4, "middle_blocks": 1}
+    tree = tiny(folder) | {"task": "denoise", "method": method, "student": network}
+    return write_yaml(folder, tree | {"teacher": network | {"weights": "nafnet.safetensors"}})
+
+
+def test_weights_of_teacher_b(tmp_path: Path) -> None:
+    config = same_size(tmp_path, {"name": "slkd", "clean_weights": "nosuch.pth"})
+    assert check(config)[0] == [
+        f"method.clean_weights: {tmp_path}/nosuch.pth: there are no weights: give a .safetensors or .pth file, or a checkpoint folder"
+    ]
+    assert check(config, ["method.clean_weights=nafnet.safetensors"])[0] == []
+
+
+def test_taps_of_which_the_method_makes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = same_size(tmp_path, {"name": "slkd"})
+    taps = ["teacher.taps={a: intro}", "student.taps={a: intro}"]
+    [problem] = check(config, taps)[0]
+    assert problem.startswith("teacher.taps: method slkd needs taps named enc... and dec..., but the teacher has a")
+    assert main(["train", str(config), "--set", taps[0], "--set", taps[1]]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_weights_of_the_feature_network(tmp_path: Path) -> None:
+    tree = tiny(tmp_path, "csd")
+    tree["method"]["features"] = CODEC
+    [problem] = check(write_yaml(tmp_path, tree))[0]
+    assert "method.features.weights" in problem
+    assert "these are no such weights" in problem
+
+
+def test_a_method_without_its_teacher_is_one_problem(tmp_path: Path) -> None:
+    config = same_size(tmp_path, {"name": "slkd", "clean_weights": "nosuch.pth"})
+    [problem] = check(config, ["teacher=null"])[0]
+    assert "method slkd needs a teacher" in problem

@@ -1,0 +1,74 @@
+"""`kdtrain eval`: how sets are named, which inputs it refuses, and its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.trainers.test_restore import evaluated, weights
+from tests.trainers.tiny import write_images
+from trainers.cli import main
+from trainers.measure import print_measured
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("places", "names"),
+    [
+        (["set5/HR"], ["HR"]),
+        (["set5/HR", "set14/HR"], ["set5/HR", "set14/HR"]),
+        (["set5/HR", "mine=set14/HR"], ["set5/HR", "mine"]),
+        (["my pics", "set5/HR/image0.png"], ["my pics", "image0"]),
+        (["my pics/image0.png", "set5/HR/image0.png"], ["my pics/image0", "HR/image0"]),
+        (["."], ["here"]),
+    ],
+)
+def test_sets_have_names_of_their_own(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    places: list[str],
+    names: list[str],
+) -> None:
+    for folder in ("set5/HR", "set14/HR", "my pics", "."):
+        write_images(tmp_path / "here" / folder, 1)
+    monkeypatch.chdir(tmp_path / "here")
+    data = [part for place in places for part in ("--data", place)]
+    assert list(evaluated(capsys, weights(tmp_path, scale=2), *data)["sets"]) == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--data", "in", "--data", "in"], "two sets are called in: give each a name, --data NAME=PLACE"),
+        (["--data", "a=in", "--data", "a=photos"], "two sets are called a"),
+        (
+            ["--degradation", "{name: noise, sigma: 15}"],
+            "noise keeps the size of an image, but the network's scale is 2",
+        ),
+        (["--data", "photos", "--lq", "in"], "in: holds no inputs of the embedded photographs"),
+    ],
+)
+def test_what_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "in", 1)
+    assert main(["eval", str(weights(tmp_path, scale=2)), *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_table_is_whole_however_narrow_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    image = dict.fromkeys(("psnr", "ssim", "piqe", "brisque"), 36.84567)
+    scores = image | {"per_image": {"photo[copy]": image}}
+    measured = {"weights": "my[red].pth", "arch": "edsr", "options": {}, "protocol_text": "sr-y", "baseline": "bicubic"}
+    print_measured(measured | {"sets": {"val": {"bicubic": scores, "network": scores}}}, as_json=False)
+    said = capsys.readouterr().out
+    assert "my[red].pth" in said
+    row = next(line for line in said.splitlines() if "photo[copy]" in line)
+    assert [row.count(number) for number in ("36.846", "36.8457", "36.85")] == [2, 2, 4]
