@@ -83,10 +83,14 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:  # torch.save reports a short write as RuntimeError
             shutil.rmtree(unfinished, ignore_errors=True)
             previous = self.last()
-            kept = f"the checkpoint of {previous.name} is intact" if previous else "there is no earlier checkpoint"
+            run = self.folder.parent
+            kept = (
+                f"The checkpoint of {previous.name} is intact: free some space, then kdtrain resume {run}"
+                if previous
+                else f"There is no earlier checkpoint: free some space, remove {run} and start again with kdtrain train"
+            )
             raise SaveFailed(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {error}. {kept}: "
-                f"free some space, then kdtrain resume {self.folder.parent}"
+                f"the checkpoint of step {step} could not be written to {self.folder}: {error}. {kept}"
             ) from error
         self._forget_old()
         return final

@@ -344,15 +344,14 @@ def _restore(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from trainers.compare import compare, run_and_compare
     from trainers.errors import InputError
+    from trainers.terminal import plain_console
 
     if bool(options.run_folders) == bool(options.recipe) or bool(options.recipe) != bool(options.methods):
         raise InputError("give either run folders, or --recipe and --methods")
     if options.recipe:
-        console = Console(stderr=True, quiet=not _is_first_process())
+        console = plain_console(stderr=True, quiet=not _is_first_process())
         recipe = _recipe(options.recipe)
         report = run_and_compare(recipe, options.methods, options.out, options.set, options.seeds, console)
     else:

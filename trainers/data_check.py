@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from trainers.data.folders import LeastSide, PairFiles, list_images, owner_of, too_small, wrong_scale
 from trainers.data.images import EXTENSIONS, read_image
 from trainers.errors import InputError
+from trainers.terminal import plain_console
 
 # Words of folder names, as the field's data sets have them (GoPro, REDS, SIDD, RESIDE, Rain13K, DIV2K, Set5 ...).
 TRUTHS = {"gt", "hr", "sharp", "target", "targets", "clean", "clear", "groundtruth", "norain", "original"}
@@ -206,7 +206,7 @@ def judge(part: Checked, sizes: Mapping[Path, Size | InputError], patch: int, sc
 
 def data_check_command(paths: Sequence[Path], patch: int, scale: int | None) -> bool:
     """Checks and prints; whether nothing is wrong."""
-    checked, console = check_data(paths, patch, scale), Console(markup=False, emoji=False)
+    checked, console = check_data(paths, patch, scale), plain_console()
     console.print(_table(checked), highlight=False)
     for kind in (*PROBLEMS, *NOTES):
         texts = list(dict.fromkeys(text for part in checked for text in part.found[kind]))

@@ -9,7 +9,6 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
 from trainers.config import Data, ValSet
@@ -23,8 +22,8 @@ from trainers.metrics import PROTOCOLS, Protocol
 from trainers.no_reference import NoReference, read_brisque
 from trainers.sources import Source, open_source
 from trainers.tasks import TASKS, Task
+from trainers.terminal import plain_console, print_whole
 
-WIDEST = 10_000  # columns of a table
 DIGITS = {"psnr": 3, "ssim": 4}  # in tables; 2 for others
 
 
@@ -123,9 +122,10 @@ def chosen_degradation(opened: Source, wanted: Wanted, task: Task) -> AnyDegrada
     try:
         degradation = Data.model_validate({"degradation": yaml.safe_load(wanted.degradation)}).degradation
     except (yaml.YAMLError, ValidationError) as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "it is no YAML"
         known = ", ".join(kind.model_fields["name"].default for kind in get_args(get_args(AnyDegradation)[0]))
         raise InputError(
-            f"--degradation {wanted.degradation}: write it as in a config, e.g. '{{name: noise, sigma: 15}}'; known: {known}\n{error}"
+            f"--degradation {wanted.degradation}: {why}; write it as in a config, e.g. '{{name: noise, sigma: 15}}'; known: {known}"
         ) from None
     scale = opened.network.scale
     if degradation is not None and scale > 1 and not isinstance(degradation, Bicubic):
@@ -171,7 +171,7 @@ def print_measured(measured: dict[str, Any], *, as_json: bool) -> None:
         print(to_json(measured, indent=1))
         return
     options = ", ".join(f"{key} {value}" for key, value in measured["options"].items())
-    console, worse = Console(markup=False, emoji=False), measured["baseline"]  # names of files are no markup
+    console, worse = plain_console(), measured["baseline"]
     console.print(f"{measured['weights']}: {measured['arch']} ({options})", highlight=False, soft_wrap=True)
     console.print(measured["protocol_text"], highlight=False, soft_wrap=True)
     metrics = [name for name in next(iter(measured["sets"].values()))["network"] if name != "per_image"]
@@ -183,6 +183,4 @@ def print_measured(measured: dict[str, Any], *, as_json: bool) -> None:
         for image, old, new in [*rows, ("mean", before, after)]:
             shown = (f"{score[m]:.{DIGITS.get(m, 2)}f}" for m in metrics for score in (old, new))
             table.add_row(name, image, *shown)
-    # At its natural width, whatever the terminal's is: a number that is cut short is a wrong number.
-    console.width = max(console.width, console.measure(table, options=console.options.update(width=WIDEST)).maximum)
-    console.print(table)
+    print_whole(console, table)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from trainers.config import Config
@@ -15,6 +14,7 @@ from trainers.errors import InputError
 from trainers.fields import parse_bytes
 from trainers.plan import BACKENDS, Planned, Planner, Point, free_memory, patch_problems
 from trainers.plan_images import Validated, plan_validation, tile_that_fits
+from trainers.terminal import plain_console, print_whole
 
 MIB, GIB = 2**20, 2**30
 
@@ -26,7 +26,7 @@ def plan_command(config: Config, memory: str | None, patches: str | None, longes
         InputError: a size or a patch that cannot be.
     """
     planner = Planner(config, free_memory() if memory is None else parse_bytes(memory), longest)
-    console = Console(stderr=as_json)
+    console = plain_console(stderr=as_json)
     found, fits = [], []
     sides, micro = _patches(config, patches), config.data.batch // config.train.accumulate
     for patch in sides:
@@ -37,7 +37,7 @@ def plan_command(config: Config, memory: str | None, patches: str | None, longes
         found.append(
             {"patch": patch, "plans": [_plain(plan) for plan in planned], "proposal": proposal and proposal[1]}
         )
-        console.print(_table(planned), highlight=False)
+        print_whole(console, _table(planned))
         for plan in planned:
             console.print(verdict(plan, planner.memory, planner.longest), highlight=False, soft_wrap=True)
         console.print(_proposed(proposal, planner.memory), highlight=False, soft_wrap=True)

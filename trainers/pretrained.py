@@ -53,7 +53,7 @@ def read_weights(source: str) -> dict[str, Tensor]:
 def why_unreadable(error: Exception) -> str:
     """In our words where torch's advise to load the file with weights_only=False, which runs whatever code is in it."""
     if not isinstance(error, pickle.UnpicklingError):
-        return (str(error) or type(error).__name__).splitlines()[0]
+        return (str(error) or "it is empty or was cut short").splitlines()[0]
     if "Unsupported global" in str(error):
         return "it holds Python objects besides tensors, which may run code: save its state_dict() alone"
     return "it is no file of torch.save: give a .safetensors or .pth file"

@@ -78,10 +78,14 @@ def test_saving_a_step_twice(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_previous_one(tmp_path: Path) -> None:
     """A real failing write, by a limit on the size of files."""
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    save(checkpoints, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64 * 1024, hard))
     try:
+        with pytest.raises(
+            SaveFailed, match=r"There is no earlier checkpoint: free some space, remove .* and start again"
+        ):
+            save(checkpoints, 1, size=1_000_000)
+        save(checkpoints, 1)
         with pytest.raises(SaveFailed, match=r"step 2 could not be written.*step-000001 is intact.*kdtrain resume"):
             save(checkpoints, 2, size=1_000_000)
     finally:

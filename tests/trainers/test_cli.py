@@ -170,7 +170,7 @@ def test_eval_of_a_run_a_checkpoint_and_weights(tmp_path: Path, capsys: pytest.C
         (["codec", "other.pth/codec.safetensors"], "other.pth: File exists: a file is where a folder is needed"),
         (["eval", "notes.md"], "notes.md: cannot be read as weights: it is no file of torch.save"),
         (["eval", "objects.pth"], "it holds Python objects besides tensors, which may run code"),
-        (["eval", "empty.pth"], "empty.pth: cannot be read as weights: EOFError"),
+        (["eval", "empty.pth"], "empty.pth: cannot be read as weights: it is empty or was cut short"),
     ],
 )
 def test_bad_input_is_2_and_named(

@@ -348,9 +348,8 @@ def test_absent_and_empty_folders(tmp_path: Path) -> None:
 
 
 def test_photos_have_no_folder_of_inputs() -> None:
-    problems = val_problems(ValSet(name="photos", gt="photos", lq="nowhere"), 2)
-    assert len(problems) == 1
-    assert "nowhere: holds no inputs of the embedded photographs" in problems[0]
+    with pytest.raises(InputError, match="nowhere: holds no inputs of the embedded photographs"):
+        open_val_set(ValSet(name="photos", gt="photos", lq="nowhere"), 2)
 
 
 def test_val_images_must_hold_the_ssim_window(tmp_path: Path) -> None:

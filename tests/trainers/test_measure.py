@@ -48,6 +48,8 @@ def test_sets_have_names_of_their_own(
             ["--degradation", "{name: noise, sigma: 15}"],
             "noise keeps the size of an image, but the network's scale is 2",
         ),
+        (["--degradation", "{name: bicubic, border: [}"], "it is no YAML; write it as in a config"),
+        (["--degradation", "{name: noise, sigma: -1}"], "must be from 0 to 255; write it as in a config"),
         (["--data", "photos", "--lq", "in"], "in: holds no inputs of the embedded photographs"),
     ],
 )
