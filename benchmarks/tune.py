@@ -69,7 +69,8 @@ KERNELS = {
     },
     "codebook": {"student": Load(2, 1, 2), "statistics": Load(2, 1, 0), "slopes": Load(2, 1, 1)},
 }
-MAYBE_LATE = ("attend", "attend given")  # sweeps whose values are not their columns
+# What else is worth trying: values that are not the columns a tile late; one of the numbers of each column a tile ahead.
+ORDERS = {"attend": "late", "attend given": "late", "slopes shared": "ahead"}
 TABLES = {"spatial_attention": attention_table, "codebook": codebook_table}
 
 
@@ -81,7 +82,7 @@ def candidates(op: str, kernel: str, channels: int) -> Iterator[Job]:
     whole = kind._field_defaults["slice"]
     slices = (128, 256, whole) if channels > 256 and load.sums == 1 else (whole,)
     depths = (2, 3, 4) if channels <= 128 else (2, 3)
-    orders = ({}, {"late": True}) if kernel in MAYBE_LATE else ({},)
+    orders = ({}, {ORDERS[kernel]: True}) if kernel in ORDERS else ({},)
     if op == "spatial_attention" and channels <= 128:
         orders = (*orders, {"registers": THREE_PROGRAMS})
     for (rows, warps), columns, stages, piece, order in product(
@@ -107,8 +108,8 @@ def _maps(count: int, images: int, channels: int, device: str) -> list[Tensor]:
 
 def _attention(job: Job, device: str) -> Launch:
     q, k, g = map(features, _maps(3, 1, job.channels, device))
-    statistics = torch.full((1, SIDE * SIDE), 18.0, device=device)
-    delta, out, scale = torch.zeros_like(statistics), features(torch.empty_like(k.data)), job.channels**-0.5
+    statistics = torch.full((1, 2, SIDE * SIDE), 9.0, device=device)
+    delta, out, scale = torch.zeros_like(statistics[:, 0]), features(torch.empty_like(k.data)), job.channels**-0.5
     attend = partial(attention._launch_attend, tile=job.tile)
     slopes = partial(attention._launch_slopes, tile=job.tile)
     return {

@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_attention(const Tensor& query, const 
   Tensor out = torch::stable::new_empty(query, shape);
   const int64_t softmaxes = over_query ? sizes.columns : sizes.rows;
   Tensor statistics =
-      torch::stable::new_empty(query, {sizes.batches, softmaxes}, accumulator_dtype(query.scalar_type()));
+      torch::stable::new_empty(query, {sizes.batches, 2, softmaxes}, accumulator_dtype(query.scalar_type()));
   Tensor logits = torch::stable::new_empty(query, {sizes.keep_logits() ? sizes.batches * sizes.logits() : 0},
                                            accumulator_dtype(query.scalar_type()));
   for_dtype<float, double, BFloat16, Half>(query.scalar_type(), [&](auto zero) {

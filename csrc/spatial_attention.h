@@ -50,13 +50,29 @@ int64_t tile_panels(int64_t bytes, int64_t numbers, int64_t column_panels) {
   return panels(column_panels, panels(column_panels, most));  // tiles of about equal size
 }
 
-// Numbers of `count` rows per sample, `width` of them padded with zeros.
+// What is known of softmaxes: a weight is e^((logit - highest) - log_sum). In one number, the sum of the two, the
+// logarithm would be rounded as coarsely as the highest logit.
+template <typename T>
+struct Softmaxes {
+  const T* highest;  // logit
+  const T* log_sum;  // logarithm of the sum of e^(logit - highest)
+
+  // Those of one sample in statistics (batches, 2, count).
+  static Softmaxes of(const T* statistics, int64_t batch, int64_t count) {
+    return {statistics + 2 * batch * count, statistics + (2 * batch + 1) * count};
+  }
+  KDOPS_INLINE Softmaxes from(int64_t n) const {
+    return {highest + n, log_sum + n};
+  }
+};
+
+// Statistics (batches, 2, count) with `count` padded with zeros to a multiple of `width`.
 template <typename T>
 Buffer<T> padded_statistics(const T* statistics, int64_t batches, int64_t count, int64_t width) {
   const int64_t pitch = padded(count, width);
-  Buffer<T> copy = allocate<T>(batches * pitch);
-  std::fill(copy.get(), copy.get() + batches * pitch, T(0));
-  for (int64_t b = 0; b < batches; ++b) std::copy_n(statistics + b * count, count, copy.get() + b * pitch);
+  Buffer<T> copy = allocate<T>(2 * batches * pitch);
+  std::fill(copy.get(), copy.get() + 2 * batches * pitch, T(0));
+  for (int64_t b = 0; b < 2 * batches; ++b) std::copy_n(statistics + b * count, count, copy.get() + b * pitch);
   return copy;
 }
 

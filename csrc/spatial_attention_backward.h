@@ -28,7 +28,7 @@ struct Operands {          // of one sample, packed
   const T* key_columns;    // where the logits are not kept, or the key is the value
   const T* key_channels;  // only where the query needs a gradient
   const T* value_columns;
-  const T* statistics;
+  Softmaxes<T> softmaxes;
   T* delta;  // sum of weights times their gradients; of rows it is given, of columns it is computed here
 };
 
@@ -43,11 +43,17 @@ struct TileGradients {
 
 // Weights of 6 rows and a panel, straight from the product's registers.
 template <typename T, bool OverRows>
-KDOPS_INLINE void subtract_and_exponentiate(Block<T>& block, const T* statistics) {
+KDOPS_INLINE void logits_to_weights(Block<T>& block, Softmaxes<T> softmaxes) {
   for (int64_t i = 0; i < kRows; ++i) {
     for (int64_t v = 0; v < kVectors<T>; ++v) {
-      block.at[i][v] -= OverRows ? vector(statistics + v * kLanes<T>) : Vector<T>{} + statistics[i];
-      exponential(block.at[i][v]);
+      Vector<T>& logit = block.at[i][v];
+      if constexpr (OverRows) {
+        const Softmaxes<T> columns = softmaxes.from(v * kLanes<T>);
+        logit = (logit - vector(columns.highest)) - vector(columns.log_sum);
+      } else {
+        logit = (logit - softmaxes.highest[i]) - softmaxes.log_sum[i];
+      }
+      exponential(logit);
     }
   }
 }
@@ -80,7 +86,7 @@ KDOPS_INLINE void row_panel_gradients(const Operands<T>& from, const Sizes& size
       multiply_add<1, 1>(weight, from.query_rows + row * channels, kRows, sizes.channels,
                          from.key_columns + panel * sizes.channels * kColumns);
     }
-    subtract_and_exponentiate<T, OverRows>(weight, from.statistics + statistic);
+    logits_to_weights<T, OverRows>(weight, from.softmaxes.from(statistic));
     if (!whole) mask(weight, sizes.rows - row, sizes.columns - panel * kColumns);
     store(weight, weights + at, kColumns);
     if (!want_logits) continue;
@@ -262,7 +268,8 @@ class PackedOperands {
   }
 
   Operands<T> of(int64_t batch) const {
-    const int64_t rows = batch * sizes.row_panels() * kRows, columns = batch * sizes.column_panels() * kColumns;
+    const int64_t rows_padded = sizes.row_panels() * kRows, columns_padded = sizes.column_panels() * kColumns;
+    const int64_t rows = batch * rows_padded, columns = batch * columns_padded;
     const T* const keys = key_columns ? key_columns.get() + columns * sizes.channels : nullptr;
     return {logits ? logits + batch * sizes.logits() : nullptr,
             query_rows ? query_rows.get() + rows * padded(sizes.channels, kRows) : nullptr,
@@ -270,7 +277,7 @@ class PackedOperands {
             keys,
             key_channels ? key_channels.get() + batch * sizes.packed_channels(sizes.channels) : nullptr,
             value_columns ? value_columns.get() + columns * sizes.value_channels : keys,
-            statistics.get() + (OverRows ? columns : rows),
+            Softmaxes<T>::of(statistics.get(), batch, OverRows ? columns_padded : rows_padded),
             delta.get() + (OverRows ? columns : rows)};
   }
 };

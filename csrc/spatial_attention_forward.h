@@ -69,15 +69,16 @@ KDOPS_INLINE void tile_weights(T* logits, int64_t count, const T* maximum, T* su
   for (int64_t i = 0; i < kRows; ++i) sum[i] = sum_of_lanes<T>(total[i]);
 }
 
-// The same for statistics of the columns: e^(logit - statistic).
+// The same for known softmaxes of the columns.
 template <typename T>
-KDOPS_INLINE void tile_column_weights(T* logits, int64_t count, const T* statistics) {
+KDOPS_INLINE void tile_column_weights(T* logits, int64_t count, Softmaxes<T> softmaxes) {
   for (int64_t panel = 0; panel < count; ++panel) {
     T* const at = logits + panel * kRows * kColumns;
     for (int64_t i = 0; i < kRows; ++i) {
       for (int64_t v = 0; v < kVectors<T>; ++v) {
         Vector<T>& logit = vector(at + i * kColumns + v * kLanes<T>);
-        logit -= vector(statistics + panel * kColumns + v * kLanes<T>);
+        const Softmaxes<T> columns = softmaxes.from(panel * kColumns + v * kLanes<T>);
+        logit = (logit - vector(columns.highest)) - vector(columns.log_sum);
         exponential(logit);
       }
     }
@@ -86,7 +87,7 @@ KDOPS_INLINE void tile_column_weights(T* logits, int64_t count, const T* statist
 
 // A block of `count` row panels against all columns.
 template <typename T, Normalize Over>
-KDOPS_CLONED void attend(const T* query, const T* keys, const T* values, const T* statistics, const Sizes& sizes,
+KDOPS_CLONED void attend(const T* query, const T* keys, const T* values, Softmaxes<T> softmaxes, const Sizes& sizes,
                          int64_t count, int64_t tile, T* weights, T* kept, RowState<T> state) {
   const int64_t channels = sizes.channels, value_panels = panels(sizes.value_channels, kColumns);
   const int64_t pitch = value_panels * kColumns, positions = sizes.column_panels() * kColumns;
@@ -103,7 +104,7 @@ KDOPS_CLONED void attend(const T* query, const T* keys, const T* values, const T
                   sizes.columns - first * kColumns, weights,
                   kept ? kept + (panel * sizes.column_panels() + first) * kRows * kColumns : nullptr, highest);
       if constexpr (Over == Normalize::kColumns) {
-        tile_column_weights(weights, here, statistics + first * kColumns);
+        tile_column_weights(weights, here, softmaxes.from(first * kColumns));
         std::fill(shrink, shrink + kRows, T(1));
       } else {
         T finite[kRows];  // a row of -infinity alone has weights of 0 so far
@@ -133,8 +134,8 @@ KDOPS_CLONED void attend(const T* query, const T* keys, const T* values, const T
   }
 }
 
-// Streams all columns past every row. With `out` the weighted values are written there; with `statistics_out` the
-// logarithm of each row's sum, with `kept` the logits. `column_statistics` (padded to 16 in every sample) makes the
+// Streams all columns past every row. With `out` the weighted values are written there; with `statistics_out` what is
+// known of each row's softmax, with `kept` the logits. `column_statistics` (padded to 16 in every sample) makes the
 // softmax one over the rows.
 template <typename scalar_t, Normalize Over>
 void attend_all(const Sizes& sizes, const Accumulator<scalar_t>* rows, const Accumulator<scalar_t>* columns,
@@ -154,11 +155,15 @@ void attend_all(const Sizes& sizes, const Accumulator<scalar_t>* rows, const Acc
     attend<T, Over>(rows + (batch * sizes.row_panels() + panel) * sizes.channels * kRows,
                     columns + batch * sizes.packed_columns(sizes.channels),
                     values + batch * sizes.packed_channels(sizes.value_channels),
-                    column_statistics + batch * columns_padded, sizes, count, tile, weights,
+                    Softmaxes<T>::of(column_statistics, batch, columns_padded), sizes, count, tile, weights,
                     kept ? kept + batch * sizes.logits() + panel * sizes.column_panels() * kRows * kColumns : nullptr,
                     state);
     for (int64_t i = 0; i < here; ++i) {
-      if (statistics_out) statistics_out[batch * sizes.rows + first + i] = state.maximum[i] + std::log(state.sum[i]);
+      if (statistics_out) {
+        T* const statistics = statistics_out + 2 * batch * sizes.rows + first + i;
+        statistics[0] = state.maximum[i];
+        statistics[sizes.rows] = std::log(state.sum[i]);
+      }
       state.sum[i] = Over == Normalize::kColumns ? T(1) : 1 / state.sum[i];
     }
     if (out) {

@@ -1,7 +1,7 @@
 """Which backend runs a call: the first one that can, with the reason why the others cannot.
 
 An op registers itself once (`register(OpSpec(...))` in its `spec.py`). The public function then asks `choose()`, which looks at the device,
-the dtype and nothing else, so that it can be traced by torch.compile without recompiling for new shapes.
+the dtype and at most a bound on a size, so that it can be traced by torch.compile without recompiling for new shapes.
 """
 
 from __future__ import annotations

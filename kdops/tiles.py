@@ -111,6 +111,15 @@ def dot(a, b, precision: tl.constexpr = IEEE):
 
 
 @triton.jit
+def fma(a, b, c):
+    """a * b + c of float32, the product not rounded. Triton 3.8's interpreter would round it: in float64 it does not."""
+    if INTERPRETING:
+        a = a.to(tl.float64)
+        c = c.to(tl.float64)
+    return tl.fma(a, b, c).to(tl.float32)
+
+
+@triton.jit
 def dot_double(a, b):
     """a (M, K) times b (K, N), both float64 -> (M, N) float64: on tensor cores too, at half to a 64th of the speed of float32."""
     return tl.dot(a, b, out_dtype=tl.float64)

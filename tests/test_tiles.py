@@ -32,6 +32,12 @@ def _multiply(a, b, out, N: tl.constexpr):
     tiles.store(out + i, product, i < N * N)
 
 
+@triton.jit
+def _fused(a, b, c, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tiles.store(out + i, tiles.fma(tl.load(a + i), b, tl.load(c + i)), i < N)
+
+
 def copied(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`values` through tiles.load and tiles.store, written as `dtype`."""
     values = values.to(DEVICE)
@@ -67,23 +73,33 @@ def test_dot_is_the_matrix_product(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
 
 
+def test_fma_does_not_round_the_product() -> None:
+    """a * b + c = (1 + e)(1 + e) - (1 + 2 e) = e^2, of which a rounded product leaves nothing."""
+    e = 2.0**-12
+    a, c = torch.full((32,), 1 + e, device=DEVICE), torch.full((32,), -(1 + 2 * e), device=DEVICE)
+    out = torch.empty_like(a)
+    _fused[(1,)](a, 1 + e, c, out, 32)
+    assert (out == e * e).all()
+
+
 def forbidden(source: str) -> list[str]:
     """The calls in `source` that are wrong in the interpreter or not deterministic."""
     calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     names = [f"{f.value.id}.{f.attr}" for f in calls if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name)]
-    return [name for name in names if name in ("tl.dot", "tl.store") or name.startswith("tl.atomic")]
+    return [name for name in names if name in ("tl.dot", "tl.fma", "tl.store") or name.startswith("tl.atomic")]
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_kernels_use_tiles(path: Path) -> None:
     found = forbidden(path.read_text())
-    assert not found, f"{path} calls {found}: use tiles.dot and tiles.store, and no float atomics"
+    assert not found, f"{path} calls {found}: use tiles.dot, tiles.fma and tiles.store, and no float atomics"
 
 
 def test_the_ban_sees_what_it_bans() -> None:
     assert KERNELS
-    assert forbidden("def f(p):\n    tl.store(p, tl.dot(1, 2))\n    tl.atomic_add(p, 1)") == [
+    assert forbidden("def f(p):\n    tl.store(p, tl.dot(1, tl.fma(1, 2, 3)))\n    tl.atomic_add(p, 1)") == [
         "tl.store",
         "tl.atomic_add",
         "tl.dot",
+        "tl.fma",
     ]

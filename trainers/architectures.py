@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag
 
 from trainers.errors import InputError
-from trainers.fields import Auto, PathText, Section, absolute, shape_of
+from trainers.fields import TEACHER, Auto, PathText, Section, absolute, shape_of
 from trainers.models import MODELS, ModelEntry, NetworkOptions
 from trainers.models.dncnn import DnCNNOptions
 from trainers.models.edsr import EDSROptions
@@ -18,7 +18,7 @@ from trainers.models.restormer import RestormerOptions
 from trainers.models.rlfn import RLFNOptions
 from trainers.models.swinir import SwinIROptions
 from trainers.models.uformer import UformerOptions
-from trainers.pretrained import read_weights, recognise
+from trainers.pretrained import note, noted, read_weights, recognise
 
 TapName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Taps = Annotated[Auto | Annotated[dict[TapName, str], Tag("mapping")], shape_of("auto or {name: module.path, ...}")]
@@ -123,13 +123,18 @@ def options(network: Network) -> NetworkOptions:
     return chosen
 
 
+def metadata(network: Network) -> dict[str, str]:
+    """What its files of weights say beside the tensors."""
+    return note(entry(network), options(network))
+
+
 def has_scale(arch: Any) -> bool:
     """Whether a network can upscale; the others keep the size of an image."""
     return arch in MODELS and "scale" in MODELS[arch].options.model_fields
 
 
 def described(block: dict[str, Any], scale: int, base: str) -> dict[str, Any]:
-    """A network's block with what it leaves out: arch and options as its weights tell them, else the run's scale.
+    """A network's block with what it leaves out: arch and options as its file of weights tells them, else the run's scale.
 
     Weights that cannot be read, or are no network's, add nothing: they are reported where they are loaded.
 
@@ -138,15 +143,36 @@ def described(block: dict[str, Any], scale: int, base: str) -> dict[str, Any]:
         scale: the run's.
         base: the folder that relative paths are relative to.
     """
-    told: dict[str, Any] = {}
-    if isinstance(block.get("weights"), str):
-        try:
-            found, chosen = recognise(read_weights(absolute(block["weights"], base)))
-        except InputError:
-            pass
-        else:
-            if block.get("arch", found.name) == found.name:
-                told = {"arch": found.name} | chosen.model_dump()
+    try:
+        told = _told(block, base)
+    except InputError:
+        told = {}
     arch = block.get("arch", told.get("arch"))
     run = {"scale": scale} if has_scale(arch) else {}
     return told | run | block
+
+
+def untold(block: dict[str, Any], base: str) -> str | None:
+    """Why the weights of a block without arch do not tell it; None for a block without a file of weights."""
+    try:
+        _told(block, base)
+    except InputError as error:
+        return "; ".join(error.problems)
+    return None
+
+
+def _told(block: dict[str, Any], base: str) -> dict[str, Any]:
+    """arch and options as the block's file of weights tells them; nothing where another arch is given.
+
+    Raises:
+        InputError: weights that cannot be read, or are no network's.
+    """
+    if not isinstance(block.get("weights"), str) or block["weights"] == TEACHER:
+        return {}
+    source = absolute(block["weights"], base)
+    state_dict = read_weights(source)
+    found, chosen = noted(source) or recognise(state_dict, source)
+    if block.get("arch", found.name) != found.name:
+        return {}
+    told: dict[str, Any] = {"arch": found.name} | chosen.model_dump()
+    return told

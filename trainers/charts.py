@@ -115,13 +115,15 @@ def line_chart(
 ) -> str:
     """A <figure> with the chart and its legend; "" when no series has a finite point.
 
-    The x axis starts at 0. `log` makes the y axis logarithmic (points that are not positive are left out).
+    The x axis starts at 0. `log` makes the y axis logarithmic (points that are not positive are left out). What is not
+    finite, such as the PSNR of equal images, is left out: points, parts of bands and levels.
     """
     clean = [
-        dataclasses.replace(line, points=points)
+        dataclasses.replace(line, points=points, band=[part for part in line.band if _is_finite(part)])
         for line in series
-        if (points := [p for p in line.points if all(map(math.isfinite, p)) and (p[1] > 0 or not log)])
+        if (points := [p for p in line.points if _is_finite(p) and (p[1] > 0 or not log)])
     ]
+    levels = [level for level in levels if math.isfinite(level.value)]
     if not clean:
         return ""
     heights = [y for line in clean for _, y in line.points] + [level.value for level in levels]
@@ -141,6 +143,10 @@ def line_chart(
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
         f'{"".join(parts)}{rule}</svg><div class="tip" hidden></div></figure>'
     )
+
+
+def _is_finite(point: Sequence[float]) -> bool:
+    return all(map(math.isfinite, point))
 
 
 def _swatch(line: Series) -> str:

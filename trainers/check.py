@@ -15,6 +15,7 @@ from trainers.devices import device_problems
 from trainers.errors import InputError
 from trainers.events import events_problems
 from trainers.methods import Method, Run
+from trainers.metrics import PROTOCOLS
 from trainers.slicing import build_student
 from trainers.taps import Adapters, Tapped, tap_problems
 
@@ -30,7 +31,8 @@ def check(path: Path, overrides: Sequence[str] = ()) -> tuple[list[str], list[st
         largest = max(stage.data.patch for _, stage in stages(config))
         problems += [f"data.train: {text}" for text in train_problems(config.data, config.scale, largest)]
         for entry in config.data.val:
-            problems += [f"data.val {entry.name}: {text}" for text in val_problems(entry, config.scale)]
+            found = val_problems(entry, config.scale, PROTOCOLS[config.val.protocol])
+            problems += [f"data.val {entry.name}: {text}" for text in found]
         problems += network_problems(config) + device_problems(config.train)
         problems += events_problems() if config.train.tensorboard else []
     return list(dict.fromkeys(problems)), reading.notes

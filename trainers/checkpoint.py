@@ -40,12 +40,21 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def save(self, step: int, weights: Mapping[str, Weights], state: Mapping[str, Any], *, best: bool) -> Path:
+    def save(
+        self,
+        step: int,
+        weights: Mapping[str, Weights],
+        state: Mapping[str, Any],
+        *,
+        best: bool,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:
         """Writes one checkpoint; when it returns, `last` (and `best`) point to it and it is on the disk.
 
         Args:
             weights: file name without extension -> state dict, written as safetensors.
             state: tensors and plain Python types, readable by torch.load(weights_only=True).
+            metadata: of the safetensors files.
 
         Raises:
             SaveFailed: the disk is full or gone. Nothing of this checkpoint stays.
@@ -60,7 +69,8 @@ class Checkpoints:
                 unfinished.mkdir(parents=True)
                 for name, tensors in weights.items():
                     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-                    write_synced(unfinished / f"{name}.safetensors", safetensors.torch.save(contiguous))
+                    content = safetensors.torch.save(contiguous, None if metadata is None else dict(metadata))
+                    write_synced(unfinished / f"{name}.safetensors", content)
                 with (unfinished / "state.pt").open("wb") as file:
                     torch.save(dict(state), file)
                     file.flush()
@@ -87,7 +97,7 @@ class Checkpoints:
 
     def last(self) -> Path | None:
         """The newest complete checkpoint."""
-        return self._target("last") or max(self._complete(), default=None)
+        return self._target("last") or max(self._complete(), key=step_of, default=None)
 
     def read_last(self) -> tuple[Path, dict[str, dict[str, Tensor]], dict[str, Any]]:
         """The newest complete checkpoint, and what `read_checkpoint` makes of it.
@@ -119,7 +129,9 @@ class Checkpoints:
         return target if target in self._complete() else None
 
     def _complete(self) -> list[Path]:
-        return sorted(path for path in self.folder.glob("step-*") if not path.suffix and (path / "state.pt").is_file())
+        """In the order of their steps: names grow a digit at step 1,000,000."""
+        found = (path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
+        return sorted((path for path in found if (path / "state.pt").is_file()), key=step_of)
 
     def _forget_old(self) -> None:
         spared = {self.last(), self.best()}
@@ -135,6 +147,11 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's directory is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

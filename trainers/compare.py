@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from trainers.checkpoint import replace_file
 from trainers.costs import measure_costs, read_costs
 from trainers.errors import InputError
 from trainers.findings import summary
+from trainers.json_text import to_json
 from trainers.results import load_run
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def compare(run_dirs: Sequence[Path], out: Path, refused: Mapping[str, str] = Ma
         InputError: fewer than two arms, a run that is not done, or runs that were not measured alike: another protocol, task, scale or
             validation set.
     """
+    _refuse_run_folder(out)
     folders = list(dict.fromkeys(Path(folder) for folder in run_dirs))
     _refuse_too_few(folders)
     runs = [load_run(folder) for folder in folders]
@@ -56,7 +57,7 @@ def compare(run_dirs: Sequence[Path], out: Path, refused: Mapping[str, str] = Ma
     body = report.body(arms, comparison_tables.sections(arms, costs), refused)
     text = page.page(title, kicker, found["headline"], found["remarks"], [warned, *body])
     words = [found["headline"], *found["remarks"]]
-    replace_file(out / "comparison.json", (json.dumps(found, indent=1) + "\n").encode())
+    replace_file(out / "comparison.json", (to_json(found, indent=1) + "\n").encode())
     replace_file(out / "comparison.md", comparison_tables.markdown(arms, refused, costs, words).encode())
     replace_file(out / "report.html", text.encode())
     return out / "report.html"
@@ -84,6 +85,7 @@ def run_and_compare(
         InputError: fewer than two methods, problems of the config under any of the methods, or a folder that holds a run of another config.
         Diverged, Interrupted, SaveFailed: see trainers.launch.train.
     """
+    _refuse_run_folder(out)
     console = console or Console(stderr=True)
     configs, refused = applicable(config_path, methods, overrides, console.print)
     for method, reason in refused.items():
@@ -156,6 +158,11 @@ def _train_if_missing(config: Config, console: Console) -> None:
     else:
         console.print(f"resuming {config.name}")
         resume(folder, console=console)
+
+
+def _refuse_run_folder(out: Path) -> None:
+    if (out / "config.yaml").is_file():
+        raise InputError(f"--out {out} is a run folder, whose report.html would be replaced: give another folder")
 
 
 def _refuse_too_few(compared: Sequence[Path | str]) -> None:

@@ -117,10 +117,16 @@ class Train(Section):
     """Learning rate at the end of a cosine schedule."""
     warmup: int = Field(default=0, ge=0)
     """Steps in which the learning rate grows linearly from 0."""
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "step"] = "cosine"
     """Learning rate over the steps after the warm-up."""
+    milestones: list[Annotated[int, Field(ge=1)]] = Field(default=[])
+    """Steps from which on a step schedule multiplies the learning rate by gamma once more, such as [100000, 200000]."""
+    gamma: float = Field(default=0.5, gt=0, le=1)
+    """Factor of a step schedule."""
     optimizer: Literal["adam", "adamw"] = "adam"
-    """Optimiser, with betas 0.9 and 0.999."""
+    """Optimiser."""
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    """Decays of the optimiser's means of gradients and of their squares; DCKD and many super-resolution recipes take 0.9 and 0.99."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Weight decay of the optimiser."""
     clip: float | None = Field(default=None, gt=0)
@@ -263,6 +269,14 @@ def contradictions_at(config: Config) -> list[tuple[str, str]]:
         )
     for key, text in method.refusals(Run(config.scale, data.patch)):
         found.append((f"method.{key}" if key else "method", f"method {method.name} {text}"))
+    if train.schedule == "cosine" and train.lr < train.lr_min:
+        found.append(
+            (
+                "train.lr_min",
+                f"{train.lr_min:g} is above train.lr, {train.lr:g}, to which the rate would rise: "
+                "give a lower train.lr_min, or train.schedule: constant",
+            )
+        )
     if data.batch % train.accumulate:
         found.append(
             ("train.accumulate", f"{train.accumulate} does not divide the batch of {data.batch}: choose a divisor")
@@ -272,6 +286,10 @@ def contradictions_at(config: Config) -> list[tuple[str, str]]:
             continue
         found += network_contradictions(config, role, network)
     found += data_contradictions(config)
+    if bool(train.milestones) != (train.schedule == "step"):
+        found.append(
+            ("train.milestones", "a step schedule has milestones, and the others have none: give both or neither")
+        )
     weights = dict(method.weights)
     pixel = weights["pixel"]
     if any(isinstance(weight, Share) for weight in weights.values()) and (isinstance(pixel, Share) or not pixel):

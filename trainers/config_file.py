@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
+from trainers.architectures import untold
 from trainers.config import Config, contradictions
 from trainers.errors import InputError
 from trainers.methods import METHODS
@@ -163,7 +164,8 @@ class Source:
         if kind == "missing":
             return (*key, location[-1]), "is missing"
         if kind == "union_tag_not_found":
-            return (*key, context["discriminator"].strip("'")), "is missing"
+            tag = context["discriminator"].strip("'")
+            return (*key, tag), "is missing" + (self._why_untold(key, tree) if tag == "arch" else "")
         if kind == "union_tag_invalid":
             known = context["expected_tags"].replace("'", "").split(", ")
             return (
@@ -171,6 +173,13 @@ class Source:
                 context["discriminator"].strip("'"),
             ), f"there is no {context['tag']}; {_near(context['tag'], known)}"
         return key, f"{detail['msg']}, but is {detail['input']!r}"
+
+    def _why_untold(self, key: Key, tree: Any) -> str:
+        """What is wrong with the weights of a network's block, which could have told its arch."""
+        for part in key:
+            tree = tree[part]
+        reason = untold(tree, str(self.path.resolve().parent))
+        return f", and its weights do not tell it: {reason}" if reason else ""
 
     def say(self, key: Key, message: str) -> str:
         """The message with its key and its place: file:line:column, or the override that set it."""

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainers.data.resize import imresize
 from trainers.data.sets import ValPair
+from trainers.errors import InputError
 from trainers.inference import Restorer
 from trainers.metrics import Protocol
 from trainers.results import baseline_name
@@ -33,7 +34,7 @@ def evaluate(
               of their modules is put back to the mode it was in
     extra     measures a restored image (C, H, W) by itself, such as `no_reference.NoReference`
     Returns {"psnr": dB, "ssim": ..., "per_image": {name: {"psnr": dB, "ssim": ...}}}; all but the last are means over images.
-    Raises ValueError when there is no image.
+    Raises ValueError when there is no image, InputError, which names it, for one that the protocol does not measure.
     """
     device = torch.device(device)
     per_image = {}
@@ -42,7 +43,11 @@ def evaluate(
             restored = restorer(lq.unsqueeze(0).to(device)).squeeze(0)
             if device.type == "mps":  # has no float64, which the metrics use
                 restored = restored.cpu()
-            per_image[name] = protocol.measure(restored, gt.to(restored.device), scale) | extra(restored)
+            try:
+                measured = protocol.measure(restored, gt.to(restored.device), scale)
+            except ValueError as error:
+                raise InputError(f"{name}: protocol {protocol.name} does not measure it: {error}") from None
+            per_image[name] = measured | extra(restored)
     if not per_image:
         raise ValueError("there is no image to measure; give a set with at least one pair")
     metrics = next(iter(per_image.values()))

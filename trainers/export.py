@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 import warnings
@@ -20,7 +19,9 @@ from torch import Tensor, nn
 from trainers.checkpoint import replace_file
 from trainers.errors import InputError
 from trainers.evaluate import count_macs, count_parameters
+from trainers.json_text import from_json
 from trainers.live_bytes import LiveBytes
+from trainers.pretrained import note
 from trainers.sources import Source, open_source
 
 TOLERANCE = 1e-4  # of pixel values in [0, 1]: two runtimes round differently, and 8-bit images have steps of 4e-3
@@ -58,9 +59,8 @@ def export(path: Path, out: Path, *, onnx: bool, size: tuple[int, int]) -> list[
     core = source.network.network
     out.mkdir(parents=True, exist_ok=True)
     files = [out / "model.safetensors"]
-    metadata = {"arch": source.entry.name, "options": source.options.model_dump_json()}
     weights = {key: value.contiguous() for key, value in core.state_dict().items()}
-    replace_file(files[0], safetensors.torch.save(weights, metadata=metadata))
+    replace_file(files[0], safetensors.torch.save(weights, metadata=note(source.entry, source.options)))
     differences: dict[str, float] = {}
     if onnx:
         files.append(out / "model.onnx")
@@ -187,7 +187,7 @@ def card(source: Source, path: Path, measured: Measured, differences: dict[str, 
         "",
         "    kdtrain restore IN OUT --weights model.safetensors",
         "",
-        *_scores(path),
+        *_scores(source, path),
         "## Cost",
         "",
         "| parameters | MACs | latency | peak activation memory | measured on |",
@@ -206,20 +206,21 @@ def _training(source: Source) -> list[str]:
     if run is None:
         return []
     teacher = f", teacher {run.teacher.arch} ({run.teacher.weights})" if run.teacher else ""
-    return [f"Task {run.task}, method {run.method.name}{teacher}, {run.train.steps} steps, seed {run.train.seed}.", ""]
+    steps = f"{source.step}" if source.step == run.train.steps else f"{source.step} of {run.train.steps}"
+    return [f"Task {run.task}, method {run.method.name}{teacher}, {steps} steps, seed {run.train.seed}.", ""]
 
 
-def _scores(path: Path) -> list[str]:
+def _scores(source: Source, path: Path) -> list[str]:
     """The table of result.json, where the weights are those of a finished run."""
     file = path / "result.json"
-    if not file.is_file():
+    result: dict[str, Any] = from_json(file.read_text()) if file.is_file() else {}
+    if not result or result["steps"] != source.step:
         return [
             "## Scores",
             "",
             "Not measured: these weights are not those of a finished run. `kdtrain eval` measures them.",
             "",
         ]
-    result: dict[str, Any] = json.loads(file.read_text())
     rows = [
         f"| {name} | {who} | {score['psnr']:.3f} | {score['ssim']:.4f} |"
         for name, found in result["sets"].items()

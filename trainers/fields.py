@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
 
 from trainers.errors import InputError
@@ -92,9 +92,18 @@ class Fixed(Section):
     ramp: int = Field(default=0, ge=0)
     """Steps in which the weight grows linearly from 0; 0 = the full weight from the first step."""
     final: float = Field(default=0.0, ge=0)
-    """The factor after `decay` steps."""
+    """The factor after `decay` steps, which must be given with it."""
     decay: int = Field(default=0, ge=0)
     """Steps in which the factor goes linearly from value to final; 0 = it stays."""
+
+    @model_validator(mode="after")
+    def _final_needs_decay(self) -> Fixed:
+        forgotten = (
+            "final" in self.model_fields_set and "decay" not in self.model_fields_set
+        )  # final: 0 is forgotten too
+        if forgotten or (self.final and not self.decay):
+            raise ValueError(f"final: {self.final:g} is reached after `decay` steps: give decay, or leave out final")
+        return self
 
 
 class Share(Section):

@@ -9,7 +9,7 @@ from trainers import report
 from trainers.alike import BASELINES, differences
 from trainers.fields import TEACHER
 from trainers.paired import Paired, paired
-from trainers.results import Arm
+from trainers.results import Arm, difference
 
 if TYPE_CHECKING:
     from trainers.plan import Measured
@@ -107,8 +107,10 @@ def headline(arms: Sequence[Arm]) -> str:
     name = arms[0].sets[0]
     best, second, *_ = ranked = sorted(arms, key=lambda arm: -arm.psnr(name))
     reached = f"{best.psnr(name):.2f}"
-    gaps = [report.gap(best.psnr(name) - arm.psnr(name)) for arm in ranked[1:]]
-    over = f"{report.gap(best.psnr(name) - best.psnr(name, best.baseline))} {report.REFERENCES[best.baseline]}"
+    gaps = [report.gap(difference(best.psnr(name), arm.psnr(name))) for arm in ranked[1:]]
+    over = (
+        f"{report.gap(difference(best.psnr(name), best.psnr(name, best.baseline)))} {report.REFERENCES[best.baseline]}"
+    )
     fewest = min(len(arm.seeds) for arm in arms)
     on = "With one seed" if fewest == 1 else f"Over {fewest} seeds"
     if len(arms) > 2:

@@ -92,6 +92,8 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
             if config.train.tensorboard:
                 folder.events = Events(folder.path / "events", loop.position.step)
             folder.describe(config)
+            if loop.position.step < config.train.steps:
+                folder.set_result_aside()
         shown = TrainingProgress(console, loop.position.step, config.train.steps, shown=fabric.is_global_zero)
         with folder.telling_how_to_go_on():
             with shown as progress:
@@ -103,7 +105,7 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
             if fabric.is_global_zero:
                 position = loop.position
                 with memory_given_back():
-                    write_results(loop.validation, result, folder, seconds=position.seconds, best=position.best)
+                    write_results(loop.validation, result, folder, position)
             fabric.barrier()
     finally:
         folder.close()
@@ -230,7 +232,10 @@ class FirstBatch:
 
 def make_optimizer(train: Train, train_step: TrainStep) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
-    return kind(train_step.parameters(), lr=train.lr, weight_decay=train.weight_decay, fused=True)
+    first, second = train.betas
+    return kind(
+        train_step.parameters(), lr=train.lr, betas=(first, second), weight_decay=train.weight_decay, fused=True
+    )
 
 
 def _on_first_rank(fabric: Fabric, open_folder: Callable[[], RunFolder]) -> RunFolder:

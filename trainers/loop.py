@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -15,7 +16,7 @@ from lightning_fabric.wrappers import _FabricModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from trainers import sharding
+from trainers import architectures, sharding
 from trainers.checkpoint import SaveFailed, Weights
 from trainers.config import Config, stages
 from trainers.data.loader import batches
@@ -93,6 +94,10 @@ class Loop:
         self.ema = ema
         self.position = Position()
         self.window = Window()
+        self.validated: dict[str, float] = {}
+        """After a resume: PSNR on the sets that metrics.jsonl has for this step."""
+        self.renewed: list[str] = []
+        """After a resume: sets that are measured in another way than before."""
         self.micro_batches = MicroBatches(fabric, self.stages, train_step)
 
     def result(self) -> nn.Module:
@@ -111,6 +116,7 @@ class Loop:
             Interrupted: SIGINT or SIGTERM. The state is saved.
         """
         train = self.config.train
+        self._catch_up(progress)
         with closing(self._batches()) as data, StopRequest() as stop:
             while self.position.step < train.steps:
                 started = time.perf_counter()
@@ -132,20 +138,37 @@ class Loop:
                 if stopping:
                     raise Interrupted(self.position.step)
 
+    def _catch_up(self, progress: TrainingProgress) -> None:
+        """After a resume: what a run that never stopped would know from the validation of this step."""
+        if self.renewed:
+            progress.say(f"val: {', '.join(self.renewed)}: measured in another way from here on, in a new curve")
+            self._write({"kind": "series", "step": self.position.step, "sets": self.renewed})
+        if set(self.validated) == set(self.validation.sets):
+            improved = self._is_best(self.validated[self.validation.first])
+        else:
+            improved = self.position.step > 0 and self._due(self.config.val.every) and self._validate(progress)
+        self.renewed, self.validated = [], {}
+        if improved:
+            self.save(best=True)
+
     def _after_step(self, progress: TrainingProgress, stopping: bool) -> None:
-        """Log, validate and save, each when it is due."""
-        step, train = self.position.step, self.config.train
-        last = step == train.steps
-        validating = last or step % self.config.val.every == 0
-        saving = last or stopping or step % train.save_every == 0
-        if last or step % train.log_every == 0:
+        """Log, save and validate, each when it is due."""
+        train, validating = self.config.train, self._due(self.config.val.every)
+        # A first validation is the best so far and would be saved in any case.
+        saving = stopping or self._due(train.save_every) or (validating and self.position.best is None)
+        if self._due(train.log_every):
             self._log(progress)
             self.window = Window()
         elif validating or saving:
             self._check_finite(self.window.losses)
-        improved = validating and self._validate(progress)
-        if saving or improved:
-            self.save(best=improved)
+        if saving:
+            self.save()  # first: a validation may fail
+        if validating and self._validate(progress):
+            self.save(best=True)
+
+    def _due(self, every: int) -> bool:
+        """Whether this step is one of every so many, or the last."""
+        return self.position.step % every == 0 or self.position.step == self.config.train.steps
 
     def _step(self, lq: Tensor, gt: Tensor, progress: TrainingProgress) -> Tensor:
         """One optimiser step; where memory runs out, the same step again in smaller micro-batches.
@@ -211,7 +234,7 @@ class Loop:
                 with closing(made):
                     yield from ((lq, gt) for _, lq, gt in made)
             except InputError as error:
-                raise ImageLost([*error.problems, "put it back to go on"]) from None
+                raise ImageLost([*error.problems, "put that right to go on"]) from None
 
     def _log(self, progress: TrainingProgress) -> None:
         window, step = self.window, self.position.step
@@ -237,23 +260,37 @@ class Loop:
         )
 
     def _validate(self, progress: TrainingProgress) -> bool:
-        """Measures the result on every set; whether it is the best so far on the first."""
+        """Measures the result on every set; whether it is the best so far on the first.
+
+        Raises:
+            ImageLost: an image of a set cannot be read or measured.
+        """
         improved, result = False, self.result()
         if self.fabric.is_global_zero:
-            restorer = any_size(self.config.student, result, self.config.val.tile)
-            for index, measured in enumerate(self.validation(restorer)):
-                self._write({"kind": "val", "step": self.position.step, **measured, "seconds": self.position.seconds})
-                best = self.position.best
-                if index == 0 and (best is None or measured["psnr"] > best["psnr"]):
-                    improved = True
-                    self.position.best = {"step": self.position.step, "psnr": measured["psnr"]}
-                mark = "  (best)" if index == 0 and improved else ""
+            try:
+                found = self.validation(any_size(self.config.student, result, self.config.val.tile))
+            except InputError as error:
+                raise ImageLost([*error.problems, "put that right to go on"]) from None
+            for measured in found:
+                if measured["set"] not in self.validated:
+                    self._write(
+                        {"kind": "val", "step": self.position.step, **measured, "seconds": self.position.seconds}
+                    )
+                best = measured["set"] == self.validation.first and self._is_best(measured["psnr"])
+                improved, mark = improved or best, "  (best)" if best else ""
                 progress.say(
                     f"step {self.position.step}: {measured['set']}  PSNR {measured['psnr']:.3f} dB  "
                     f"SSIM {measured['ssim']:.4f}  ({measured['protocol']}){mark}"
                 )
         improved, self.position.best = self.fabric.broadcast((improved, self.position.best))
         return improved
+
+    def _is_best(self, psnr: float) -> bool:
+        """Whether this step's PSNR on the first set is the best so far, which it is from here on."""
+        if not psnr > (self.position.best["psnr"] if self.position.best else -math.inf):
+            return False  # nor is NaN, to which nothing would compare later
+        self.position.best = {"step": self.position.step, "psnr": psnr}
+        return True
 
     def _check_finite(self, losses: Sequence[Tensor]) -> None:
         """Raises Diverged at the first of the latest steps with a NaN or infinite loss, and saves that step's batch."""
@@ -294,7 +331,8 @@ class Loop:
         if self.fabric.is_global_zero:
             try:
                 self.folder.sync()
-                self.checkpoints.save(self.position.step, weights, state, best=best)
+                metadata = architectures.metadata(self.config.student)
+                self.checkpoints.save(self.position.step, weights, state, best=best, metadata=metadata)
             except SaveFailed as error:
                 failure = error
         failure = self.fabric.broadcast(failure)
@@ -310,10 +348,12 @@ class Loop:
             "step": self.position.step,
             "seconds": self.position.seconds,
             "best": self.position.best,
+            "validation": self.validation.described,
             "optimizer": self.optimizer.state_dict(),
             "others": self.train_step.others(),
             "loss_weights": self.weights.state(),
             "window": vars(self.window),
+            "terms": list(self.train_step.method.losses),
             "randomness": randomness,
         }
         return gathered(weights), gathered(state)
@@ -325,6 +365,11 @@ class Loop:
             InputError: there is none, it is damaged, or it does not fit the config.
         """
         path, weights, state = self.checkpoints.read_last()
+        if state["step"] > self.config.train.steps:
+            raise InputError(
+                f"train.steps: {self.config.train.steps}, but {path} is of step {state['step']}: "
+                "give no fewer, or start a new run"
+            )
         try:
             student, others = self.train_step.student, state["others"]
             student.load_state_dict(scattered(weights["student"], student))
@@ -339,12 +384,26 @@ class Loop:
             raise InputError(f"{path} does not fit the config: {error}; undo the change, or start a new run") from None
         self.weights.load(state["loss_weights"])
         self.position = Position(state["step"], state["seconds"], state["best"])
+        terms = list(self.train_step.method.losses)
         self.window = Window(**state.get("window", {}))  # the oldest checkpoints have none
+        if state.get("terms", terms) != terms or any(len(losses) != len(terms) for losses in self.window.losses):
+            self.window = Window()  # the method has other terms than before: the next line is of the steps from here on
         self.window.losses = [losses.to(self.fabric.device) for losses in self.window.losses]
         if len(state["randomness"]) == self.fabric.world_size:
             restore_random_state(state["randomness"][self.fabric.global_rank], self.fabric.device)
+        self._restore_validation(state.get("validation", self.validation.described))
+
+    def _restore_validation(self, before: dict[str, Any]) -> None:
+        """What is known of the validation of this step, whose checkpoint was written before; nothing where it was another one."""
+        now = self.validation.described
+        self.renewed = [name for name, described in now.items() if before.get(name) != described]
+        if self.validation.first in self.renewed or self.validation.first != next(iter(before)):
+            self.position.best = None
         if self.fabric.is_global_zero:
             self.folder.cut_metrics(self.position.step)
+            found = self.folder.validated(self.position.step)
+            self.validated = {name: psnr for name, psnr in found.items() if name in now and name not in self.renewed}
+        self.validated = self.fabric.broadcast(self.validated)
 
     def _everywhere(self, values: Tensor) -> Tensor:
         """The mean over devices; NaN anywhere is NaN everywhere, so that all stop together."""

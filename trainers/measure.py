@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from trainers.data.sets import open_val_set
 from trainers.errors import InputError
 from trainers.evaluate import baseline, evaluate
 from trainers.fields import PHOTOS
+from trainers.json_text import to_json
 from trainers.metrics import PROTOCOLS, Protocol
 from trainers.no_reference import NoReference, read_brisque
 from trainers.sources import Source, open_source
@@ -168,7 +168,7 @@ def shortest_end(path: Path, paths: Sequence[Path]) -> str:
 def print_measured(measured: dict[str, Any], *, as_json: bool) -> None:
     """A table on the terminal, or JSON."""
     if as_json:
-        print(json.dumps(measured, indent=1))
+        print(to_json(measured, indent=1))
         return
     options = ", ".join(f"{key} {value}" for key, value in measured["options"].items())
     console, worse = plain_console(), measured["baseline"]

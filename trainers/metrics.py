@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 PEAK = 255.0
+WINDOW = 11  # side of SSIM's window
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Protocol:
     """(image (3, H, W) in [0, 1], scale) -> what is compared, (C, H', W'), float64 in 0..255."""
     grey: bool = False
     """Whether it measures grey images (1, H, W) too."""
+    border: bool = False
+    """Whether `prepare` leaves out a border of `scale` pixels."""
+
+    def least_side(self, scale: int) -> int:
+        """The least side of a ground truth, which is cropped to a multiple of the scale: SSIM's window fits into what is left."""
+        return math.ceil((WINDOW + 2 * scale * self.border) / scale) * scale
 
     def measure(self, restored: Tensor, gt: Tensor, scale: int) -> dict[str, float]:
         """PSNR in dB (inf for equal images) and SSIM of one image.
@@ -91,6 +98,7 @@ PROTOCOLS = {
             "PSNR and SSIM on Y of YCbCr (BT.601, 16-235, peak 255; MATLAB's rgb2ycbcr, unrounded) of RGB clipped and rounded "
             "to 8 bits, without a border of scale pixels",
             sr_y,
+            border=True,
         ),
         Protocol(
             "derain-y",
@@ -137,7 +145,7 @@ def ssim(restored: Tensor, gt: Tensor) -> Tensor:
     restored, gt  (C, H, W), H and W at least 11, values on a scale of 0..255. Returns a float64 scalar.
     Raises ValueError for images smaller than the window.
     """
-    if min(restored.shape[-2:]) < 11:
+    if min(restored.shape[-2:]) < WINDOW:
         raise ValueError(
             f"SSIM needs at least 11 x 11 pixels (after the border is cropped), got {tuple(restored.shape[-2:])}"
         )

@@ -14,7 +14,7 @@ from trainers.architectures import Network
 from trainers.errors import InputError
 from trainers.inference import Tiled
 from trainers.models import ModelEntry
-from trainers.pretrained import nearest, read_weights, recognise
+from trainers.pretrained import nearest, noted, read_weights, recognise
 
 Placed = TypeVar("Placed", bound=nn.Module)
 
@@ -30,12 +30,13 @@ def build_network(network: Network, role: str) -> nn.Module:
     if network.weights is not None:
         try:
             state_dict = read_weights(network.weights)
+            known = noted(network.weights)
         except InputError as error:
             raise InputError([f"{role}.weights: {problem}" for problem in error.problems]) from None
         try:
             built.load_state_dict(state_dict)
         except RuntimeError:
-            raise InputError(f"{role}.weights: {network.weights} {misfit(network, state_dict, built)}") from None
+            raise InputError(f"{role}.weights: {network.weights} {misfit(network, state_dict, built, known)}") from None
     return built
 
 
@@ -54,10 +55,13 @@ def tap_paths(network: Network) -> dict[str, str]:
     return paths
 
 
-def misfit(network: Network, state_dict: Mapping[str, Tensor], built: nn.Module) -> str:
-    """Why a state dict does not fit a network."""
+def misfit(
+    network: Network, state_dict: Mapping[str, Tensor], built: nn.Module, known: tuple[ModelEntry[Any], Any] | None
+) -> str:
+    """Why a state dict, of a known network or not, does not fit a network."""
+    entry = architectures.entry(network)
     try:
-        found = architectures.entry(network).options_from_state_dict(state_dict)
+        found = known[1] if known and known[0] is entry else entry.options_from_state_dict(state_dict)
     except ValueError as error:
         return f"does not fit {network.arch}: {error}; {_whose(state_dict)}"
     wanted = architectures.options(network)
@@ -77,13 +81,15 @@ def _whose(state_dict: Mapping[str, Tensor]) -> str:
         return nearest(state_dict)
 
 
-def network_of_weights(state_dict: Mapping[str, Tensor]) -> tuple[ModelEntry[Any], Any, nn.Module]:
-    """(registry entry, options, network with these weights), recognised by keys and shapes.
+def network_of_weights(
+    state_dict: Mapping[str, Tensor], known: tuple[ModelEntry[Any], Any] | None = None
+) -> tuple[ModelEntry[Any], Any, nn.Module]:
+    """(registry entry, options, network with these weights), recognised by keys and shapes where it is not known.
 
     Raises:
         InputError: no network of ours has such a state dict.
     """
-    entry, options = recognise(state_dict)
+    entry, options = known or recognise(state_dict)
     network = entry.build(options)
     try:
         network.load_state_dict(state_dict)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
+
+from trainers.results import deviation, difference
 
 CONFIDENCE = 0.95
 
@@ -27,8 +29,8 @@ class Paired:
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation over the seeds; None for a single one."""
-        return stdev(self.differences.values()) if self.n > 1 else None
+        """Standard deviation over the seeds; None for a single one, NaN with an infinite difference."""
+        return deviation(self.differences.values()) if self.n > 1 else None
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -56,7 +58,7 @@ class Paired:
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> Paired | None:
     """Of two seed -> dB; None without a seed that both have."""
-    common = {seed: ours[seed] - theirs[seed] for seed in ours if seed in theirs}
+    common = {seed: difference(ours[seed], theirs[seed]) for seed in ours if seed in theirs}
     return Paired(common) if common else None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from pydantic import ValidationError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -70,11 +74,66 @@ def weights_path(source: str) -> Path:
         path = averaged if averaged.is_file() else path / "student.safetensors"
     if not path.is_file():
         raise InputError(f"{source}: there are no weights: give a .safetensors or .pth file, or a checkpoint folder")
+    if path.name in ("best", "last") and path.parent.name == "checkpoints":
+        checkpoint = path.with_name(path.read_text(errors="replace").strip())
+        raise InputError(f"{source}: is a text file that names a checkpoint: give {checkpoint}")
     return path
 
 
-def recognise(state_dict: Mapping[str, Tensor]) -> tuple[ModelEntry[Any], Any]:
+def note(entry: ModelEntry[Any], options: Any) -> dict[str, str]:
+    """The metadata of a .safetensors file that says whose weights it holds."""
+    return {"arch": entry.name, "options": options.model_dump_json()}
+
+
+def noted(source: str) -> tuple[ModelEntry[Any], Any] | None:
+    """(registry entry, options) as the file's metadata has them, or the config of the run that it is a checkpoint of; None without either.
+
+    Weights do not tell every option (EDSR's res_scale, SwinIR's pixel_range, Uformer's train_size).
+
+    Raises:
+        InputError: there are options that this version does not know.
+    """
+    path = weights_path(source).resolve()
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, "pt") as file:
+        found, where = file.metadata() or {}, path
+    if not {"arch", "options"} <= found.keys():
+        found, where = _run_student(path), path.parent.parent.parent / "config.yaml"
+    entry = MODELS.get(found.get("arch", ""))
+    if entry is None:
+        return None
+    try:
+        return entry, entry.options.model_validate_json(found["options"])
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise InputError(
+            f"{where}: its options of {entry.title} are not those of this version ({wrong}): use the one that wrote it"
+        ) from None
+
+
+def _run_student(path: Path) -> dict[str, str]:
+    """The same as `note` for <run>/checkpoints/<step>/<file>, from the run's config; empty where there is none."""
+    config = path.parent.parent.parent / "config.yaml"
+    if path.parent.parent.name != "checkpoints" or not config.is_file():
+        return {}
+    try:
+        tree = yaml.safe_load(config.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    student = tree.get("student") if isinstance(tree, dict) else None
+    if not isinstance(student, dict) or student.get("arch") not in MODELS:
+        return {}
+    names = MODELS[student["arch"]].options.model_fields
+    options = {name: value for name, value in student.items() if name in names}
+    return {"arch": student["arch"], "options": json.dumps(options)}
+
+
+def recognise(state_dict: Mapping[str, Tensor], source: str = "") -> tuple[ModelEntry[Any], Any]:
     """(registry entry, options) of the network that has this state dict.
+
+    Args:
+        source: where it was read from, for the message.
 
     Raises:
         InputError: no network of ours has such keys; it names the nearest.
@@ -84,7 +143,8 @@ def recognise(state_dict: Mapping[str, Tensor]) -> tuple[ModelEntry[Any], Any]:
             return entry, entry.options_from_state_dict(state_dict)
         except ValueError:
             continue
-    raise InputError(f"these weights fit none of our networks ({', '.join(MODELS)}): {nearest(state_dict)}")
+    given = f"{source}: " if source else ""
+    raise InputError(f"{given}these weights fit none of our networks ({', '.join(MODELS)}): {nearest(state_dict)}")
 
 
 def nearest(state_dict: Mapping[str, Tensor]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -11,7 +12,7 @@ from typing import Any
 from trainers import crops, page
 from trainers.charts import Level, Series, line_chart, styled
 from trainers.models import find
-from trainers.results import Arm, Run, flat, load_run
+from trainers.results import Arm, Run, difference, flat, load_run
 from trainers.tasks import TASKS
 
 REFERENCES = {"bicubic": "bicubic", "input": "the input", "teacher": "its teacher"}
@@ -36,7 +37,11 @@ def headline(run: Run) -> str:
     """What the run reached, in one sentence, on its first validation set."""
     name = run.sets[0]
     own = run.psnr(name)
-    gaps = [f"{gap(own - run.psnr(name, who))} {words}" for who, words in REFERENCES.items() if run.score(name, who)]
+    gaps = [
+        f"{gap(difference(own, run.psnr(name, who)))} {words}"
+        for who, words in REFERENCES.items()
+        if run.score(name, who)
+    ]
     return f"{run.method} reaches {own:.2f} dB on {name}: {' and '.join(gaps)}."
 
 
@@ -150,8 +155,9 @@ def results_table(arms: Sequence[Arm], refused: Mapping[str, str]) -> str:
     heads = ["", "network", *(h for w in where for h in (f"PSNR{w} (dB)", f"SSIM{w}")), f"gain over {baseline} (dB)"]
     heads += ["parameters", "MACs", "training time", "steps/s"]
     best = {name: max(arm.psnr(name) for arm in arms) for name in sets}
-    top = max(arm.psnr(sets[0], who) for arm in arms for who in ("student", "teacher") if arm.score(sets[0], who))
-    span = max(top - first.psnr(sets[0], baseline), 1e-9)
+    tops = [arm.psnr(sets[0], who) for arm in arms for who in ("student", "teacher") if arm.score(sets[0], who)]
+    gains = [difference(top, first.psnr(sets[0], baseline)) for top in tops]
+    span = max([1e-9, *filter(math.isfinite, gains)])
 
     def row(arm: Arm, who: str, label: str, colour: int, cost: list[str]) -> list[str]:
         cells = []
@@ -160,8 +166,9 @@ def results_table(arms: Sequence[Arm], refused: Mapping[str, str]) -> str:
             bold = ' class="best"' if who == "student" and len(arms) > 1 and score["psnr"] == best[name] else ""
             shown = with_spread(arm, name) if who == "student" else f"{score['psnr']:.2f}"
             cells += [f"<td{bold}>{shown}</td>", f"{score['ssim']:.4f}"]
-        gain = arm.psnr(sets[0], who) - arm.psnr(sets[0], baseline)
-        bar = f'<span class="bar" style="width: {90 * max(gain, 0) / span:.0f}px; background: var(--c{colour % 6})"></span>'
+        gain = difference(arm.psnr(sets[0], who), arm.psnr(sets[0], baseline))
+        width = 90 * min(1.0, max(0.0, gain) / span)
+        bar = f'<span class="bar" style="width: {width:.0f}px; background: var(--c{colour % 6})"></span>'
         gained = f'<td class="text">{signed(gain)}{bar}</td>' if who != baseline else ""
         return [label, cost[0], *cells, gained, *cost[1:]]
 
@@ -187,7 +194,7 @@ def with_spread(arm: Arm, set_name: str) -> str:
     """31.24, or the mean over seeds and their standard deviation: 31.243 ± 0.012."""
     spread = arm.spread(set_name)
     mean = arm.psnr(set_name)
-    return f"{mean:.2f}" if spread is None else f"{mean:.3f} ± {spread:.3f}"
+    return f"{mean:.2f}" if spread is None or math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
 
 
 def _table_note(arm: Arm) -> str:

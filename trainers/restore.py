@@ -24,13 +24,17 @@ def restore(given: Path, out: Path, source: Path, *, tile: int | None = None, en
         ensemble: average over the eight orientations.
 
     Raises:
-        InputError: nothing there to read, weights that fit no network, or outputs that would overwrite inputs.
+        InputError: nothing there to read, weights that fit no network, or outputs that exist already.
     """
     images = {given.stem: given} if given.is_file() else pictures(given)
     targets = {path: target(name, path, given, out) for name, path in images.items()}
     taken = {path.resolve() for path in images.values()} & {path.resolve() for path in targets.values()}
     if taken:
         raise InputError(f"{sorted(taken)[0]} would be overwritten: give another output")
+    there = [path for path in targets.values() if path.exists()]
+    if there:
+        others = f", and {len(there) - 1} more that would be written" if there[1:] else ""
+        raise InputError(f"{there[0]} exists already{others}: give another output, or remove what is there")
     opened = open_source(source)
     restorer = opened.restorer(tile=tile, ensemble=ensemble)
     for path, written in targets.items():

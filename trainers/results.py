@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from trainers.errors import InputError
+from trainers.json_text import from_json
 
 Points = list[tuple[float, float]]
 
@@ -63,9 +64,14 @@ class Run:
         return float(self.result["sets"][set_name][who]["psnr"])
 
     def validation(self, set_name: str, against: str) -> Points:
-        """(step or seconds, PSNR) of each validation; `against` is "step" or "seconds"."""
-        lines = (line for line in self.metrics if line["kind"] == "val" and line["set"] == set_name)
-        return [(float(line[against]), float(line["psnr"])) for line in lines]
+        """(step or seconds, PSNR) of each validation since it is measured as it is now; `against` is "step" or "seconds"."""
+        points: Points = []
+        for line in self.metrics:
+            if line["kind"] == "series" and set_name in line["sets"]:
+                points = []
+            elif line["kind"] == "val" and line["set"] == set_name:
+                points.append((float(line[against]), float(line["psnr"])))
+        return points
 
     def training(self, group: str, name: str) -> Points:
         """(step, value) of one entry of "losses", "weights" or "shares" along the run."""
@@ -133,7 +139,7 @@ class Arm:
 
     def spread(self, set_name: str) -> float | None:
         """Standard deviation of the student's PSNR over the seeds; None for a single one."""
-        return stdev(run.psnr(set_name) for run in self.runs) if len(self.runs) > 1 else None
+        return deviation(run.psnr(set_name) for run in self.runs) if len(self.runs) > 1 else None
 
     def by_seed(self, set_name: str, seconds: float | None = None) -> dict[int, float]:
         """Seed -> the student's PSNR at the end, or after so many seconds of training, where it was measured by then."""
@@ -211,17 +217,28 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _json(text: str, where: str) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(text)
+        found: dict[str, Any] = from_json(text)
     except ValueError as error:
         raise InputError(f"{where}: cannot be read as JSON ({error}); remove the folder and run again") from None
     return found
+
+
+def difference(ours: float, theirs: float) -> float:
+    """ours - theirs, and 0 of two that are infinite, as the PSNR of equal images is."""
+    return 0.0 if ours == theirs else ours - theirs
+
+
+def deviation(values: Iterable[float]) -> float:
+    """Standard deviation of two or more; NaN where one is infinite."""
+    values = list(values)
+    return stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def at(points: Points, x: float) -> float | None:
     """The value at x, on the straight line between the validations around it; None before the first and after the last."""
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if x0 <= x <= x1:
-            return y1 if x1 == x0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+            return y1 if x1 == x or y1 == y0 else y0 + (y1 - y0) * (x - x0) / (x1 - x0)
     return None
 
 

@@ -9,8 +9,9 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +20,7 @@ from trainers.config import Config
 from trainers.config_file import dump_config
 from trainers.errors import InputError
 from trainers.events import Events
+from trainers.json_text import from_json, to_json
 from trainers.signals import Interrupted
 
 LOCK = ".lock"
@@ -87,18 +89,35 @@ class RunFolder:
         with (self.path / "command.txt").open("a") as file:
             file.write(shlex.join(sys.argv) + "\n")
 
+    def set_result_aside(self) -> None:
+        """Renames result.json to result-<steps>.json: training goes on, and its scores are not those of the weights to come."""
+        path = self.path / "result.json"
+        if path.is_file():
+            path.rename(path.with_name(f"result-{json.loads(path.read_text())['steps']}.json"))
+
     def cut_metrics(self, step: int) -> None:
-        """Drops the lines of metrics.jsonl after `step`: what happened after the checkpoint will happen again."""
+        """Drops the lines of metrics.jsonl after `step`: what happened after the checkpoint will happen again.
+
+        So will what an earlier resume from this step began with a new series of validations.
+        """
         path = self.path / "metrics.jsonl"
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
+            lines = path.read_text().splitlines()
+            kept = [line for line in takewhile(lambda line: not _is_series(line, step), lines) if _step(line) <= step]
             replace_file(path, "".join(line + "\n" for line in kept).encode())
+
+    def validated(self, step: int) -> dict[str, float]:
+        """Set name -> PSNR of the validations of `step` in metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        text = path.read_text() if path.is_file() else ""
+        lines = [from_json(line) for line in text.splitlines() if _step(line) == step]
+        return {line["set"]: line["psnr"] for line in lines if line["kind"] == "val"}
 
     def log(self, line: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
         if self._metrics is None:
             self._metrics = (self.path / "metrics.jsonl").open("a")
-        self._metrics.write(json.dumps(line) + "\n")
+        self._metrics.write(to_json(line) + "\n")
         self._metrics.flush()
         if self.events is not None:
             self.events.log(line)
@@ -109,9 +128,14 @@ class RunFolder:
             os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
-        """Ends all writing and releases the lock."""
+        """Ends all writing and releases the lock; a folder that nothing was written to goes."""
         if self.events is not None:
             self.events.close()
+        if self._lock is not None:
+            with suppress(OSError):  # the folder is gone, or its file system keeps open files
+                if [path.name for path in self.path.iterdir()] == [LOCK]:
+                    (self.path / LOCK).unlink()
+                    self.path.rmdir()
         for file in (self._metrics, self._lock):
             if file is not None:
                 file.close()
@@ -133,6 +157,11 @@ def _step(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _is_series(line: str, step: int) -> bool:
+    """Whether the line begins a new series of validations at this step."""
+    return _step(line) == step and json.loads(line).get("kind") == "series"
 
 
 def environment() -> dict[str, Any]:

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from trainers.checkpoint import Checkpoints
+from trainers.checkpoint import Checkpoints, step_of
 from trainers.config import Config
 from trainers.config_file import load_config
 from trainers.errors import InputError
 from trainers.inference import Around, SelfEnsemble
 from trainers.models import ModelEntry
 from trainers.networks import AnySize, network_of_weights
-from trainers.pretrained import read_weights
+from trainers.pretrained import noted, read_weights
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Source:
     def grey(self) -> bool:
         """Whether it restores grey images."""
         return self.entry.image_channels(self.options) == 1
+
+    @property
+    def step(self) -> int | None:
+        """Where its run stands; None for weights that are in no run folder."""
+        return None if self.config is None else step_of(self.weights)
 
     def restorer(self, *, tile: int | None, ensemble: bool) -> AnySize | Around:
         """The network, tile by tile and averaged over orientations as asked.
@@ -70,6 +75,6 @@ def open_source(path: Path) -> Source:
         if last is None:
             raise InputError(f"{path} has no checkpoint yet")
         weights = last
-    entry, options, network = network_of_weights(read_weights(str(weights)))
+    entry, options, network = network_of_weights(read_weights(str(weights)), noted(str(weights)))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Source(weights, entry, options, AnySize(network, entry, options).eval().to(device), config)

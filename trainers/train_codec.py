@@ -48,8 +48,12 @@ def train_codec(out: Path, data: Data, steps: int, seed: int, progress: Training
     -||z - e_k||^2 is then neither uniform nor one-hot (our reading).
 
     Raises:
-        InputError: `out` exists, or the images are missing or too small.
+        InputError: `out` exists or is no .safetensors file, there are no steps, or the images are missing or too small.
     """
+    if out.suffix != ".safetensors":
+        raise InputError(f"{out}: weights of a codec are a .safetensors file: give {out.with_suffix('.safetensors')}")
+    if steps < 1:
+        raise InputError(f"--steps {steps}: a codec is trained for at least 1 step")
     if out.exists():
         raise InputError(f"{out} exists already: give another file name")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +13,53 @@ from trainers.architectures import Network
 from trainers.checkpoint import replace_file
 from trainers.config import Config
 from trainers.data.images import write_png
-from trainers.data.sets import ValPair, open_val_set
+from trainers.data.sets import ValPair, open_val_set, val_problems
+from trainers.errors import InputError
 from trainers.evaluate import baseline, count_macs, count_parameters, evaluate
+from trainers.json_text import to_json
 from trainers.memory import memory_given_back
 from trainers.metrics import PROTOCOLS
 from trainers.run_folder import RunFolder, environment
+
+if TYPE_CHECKING:
+    from trainers.loop import Position
 
 MACS_OUTPUT = (720, 1280)  # height and width of the restored image for which MACs are counted
 
 
 class Validation:
-    """The validation sets of a config; called with a network, it measures it on each."""
+    """The validation sets of a config; called with a network, it measures it on each.
+
+    Raises:
+        InputError: images that cannot be opened or measured, by their headers: found before training, not after it.
+    """
 
     def __init__(self, config: Config, device: torch.device) -> None:
+        protocol, sets = PROTOCOLS[config.val.protocol], config.data.val
+        found = {entry.name: val_problems(entry, config.scale, protocol, headers_only=True) for entry in sets}
+        if any(found.values()):
+            raise InputError([f"data.val {name}: {text}" for name, problems in found.items() for text in problems])
         self.config = config
         self.device = device
-        self.sets = {entry.name: open_val_set(entry, config.scale, config.data) for entry in config.data.val}
+        self.sets = {entry.name: open_val_set(entry, config.scale, config.data) for entry in sets}
+
+    @property
+    def first(self) -> str:
+        """The set by which the best checkpoint is chosen."""
+        return next(iter(self.sets))
+
+    @property
+    def described(self) -> dict[str, dict[str, Any]]:
+        """Set name -> what its numbers depend on besides the network: with another one they cannot be compared."""
+        data, found = self.config.data, {}
+        for entry in data.val:
+            made = None if entry.lq else entry.degradation or data.degradation
+            found[entry.name] = entry.model_dump(mode="json") | {
+                "degradation": made and made.model_dump(mode="json"),
+                "grey": data.grey,
+                "protocol": self.config.val.protocol,
+            }
+        return found
 
     def __call__(self, network: Callable[[Tensor], Tensor]) -> list[dict[str, Any]]:
         """[{"set", "protocol", "psnr", "ssim", "per_image"}], in the order of the config."""
@@ -49,9 +79,7 @@ class Validation:
         return {line["set"]: {key: line[key] for key in ("psnr", "ssim", "per_image")} for line in self(network)}
 
 
-def write_results(
-    validation: Validation, student: nn.Module, folder: RunFolder, *, seconds: float, best: dict[str, float] | None
-) -> None:
+def write_results(validation: Validation, student: nn.Module, folder: RunFolder, position: Position) -> None:
     """Measures the baseline, student and teacher; writes result.json, images/ and report.html."""
     from trainers.report import write_report
 
@@ -73,8 +101,8 @@ def write_results(
         "task": run.task,
         "scale": run.scale,
         "method": run.method.name,
-        "steps": run.train.steps,
-        "seconds": seconds,
+        "steps": position.step,
+        "seconds": position.seconds,
         "seed": run.train.seed,
         "protocol": run.val.protocol,
         "protocol_text": PROTOCOLS[run.val.protocol].describe(),
@@ -86,10 +114,10 @@ def write_results(
         else description(run.teacher, teacher, run.scale) | {"weights": run.teacher.weights},
         "macs_for": f"{MACS_OUTPUT[1]}x{MACS_OUTPUT[0]} output",
         "sets": {name: {who: scores[who][name] for who in restorers} for name in validation.sets},
-        "best": best,
+        "best": position.best,
         "environment": environment(),
     }
-    replace_file(folder.path / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    replace_file(folder.path / "result.json", (to_json(result, indent=1) + "\n").encode())
     write_report(folder.path)
 
 

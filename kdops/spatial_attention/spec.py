@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..registration import accumulator, gradient_like
 from . import reference
 
 TRITON = "kdops.spatial_attention.triton"
+MOST_CHANNELS = 512  # of the Triton kernels: a program holds all of them
 NO_DOUBLE_BACKWARD = (
     "its kernels recompute the weights instead of keeping them, and have no formula for the second derivative"
 )
@@ -38,12 +39,12 @@ def kept_logits(query: Tensor, key: Tensor) -> int:
 def _fake_triton(
     query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, over_query: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, the logarithm of every softmax's denominator, and no logits."""
+    """The result; of every softmax the highest logit and the logarithm of the sum relative to it; and no logits."""
     channels = (key if value is None else value).shape[1]
     positions = prod((key if over_query else query).shape[2:])
     dtype = accumulator(query)
     out = query.new_empty((query.shape[0], channels, *query.shape[2:]))
-    return out, query.new_empty((query.shape[0], positions), dtype=dtype), query.new_empty(0, dtype=dtype)
+    return out, query.new_empty((query.shape[0], 2, positions), dtype=dtype), query.new_empty(0, dtype=dtype)
 
 
 def _fake_cpu(
@@ -158,9 +159,18 @@ def _kernel(op: registration.Op) -> Callable[..., Tensor]:
     return run
 
 
+def _supports_triton(tensors: Sequence[Tensor]) -> str | None:
+    # A shape, by exception: it makes torch.compile start over only for maps on the other side of the bound.
+    reason = dispatch.supports_triton(tensors)
+    too_many = next((c for t in tensors for c in t.shape[1:2] if c > MOST_CHANNELS), None)
+    if reason is None and too_many is not None:
+        reason = f"a tensor has {too_many} channels and the Triton kernels take at most {MOST_CHANNELS}"
+    return reason
+
+
 BACKENDS = (
     Backend("cpu", _kernel(registration.op("spatial_attention")), dispatch.supports_cpu),
-    Backend("triton", _kernel(registration.op("spatial_attention", "_triton")), dispatch.supports_triton),
+    Backend("triton", _kernel(registration.op("spatial_attention", "_triton")), _supports_triton),
     Backend("reference", reference.spatial_attention, dispatch.supports_reference),
 )
 

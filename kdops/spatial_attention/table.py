@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .. import tiles
-
-MOST_CHANNELS = 512
+from .spec import MOST_CHANNELS
 
 
 class Tile(NamedTuple):
@@ -21,6 +20,7 @@ class Tile(NamedTuple):
     slice: int = MOST_CHANNELS  # channels of the result that a program sums up: more are shared among several programs
     held: int = MOST_CHANNELS  # channels of the logits on chip: more of them stream through, so many at a time
     late: bool = False  # values that are not the columns are added a tile late, which takes registers
+    ahead: bool = False  # a number of each column is loaded a tile ahead into registers, not into shared memory
     registers: int | None = None  # of a thread at most, so that one more program shares a multiprocessor
 
     @property
@@ -79,7 +79,7 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         },
         ("slopes shared", 2): {
             64: Tile(64, 128, 4, 3),
-            128: Tile(64, 64, 4, 3),
+            128: Tile(64, 64, 4, 3, ahead=True),  # in shared memory two programs fit to the byte
             192: Tile(128, 64, 8, 3),
             256: Tile(128, 64, 8, 2),
             384: Tile(128, 32, 8, 2),
@@ -102,7 +102,7 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
     },
     "interpreter": {
         (sweep, size): {
-            128: Tile(64, 64, 4, 1, late=sweep == "attend"),
+            128: Tile(64, 64, 4, 1, late=sweep == "attend", ahead=sweep == "slopes"),
             512: Tile(64, 64, 4, 1, 128, 512 if size == 2 else 64),
         }
         for sweep in ("attend", "slopes")
@@ -112,18 +112,11 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
 
 
 def tile_for(sweep: str, channels: int, dtype: torch.dtype) -> Tile:
-    """The tile of a sweep on what kernels are now compiled for; `channels` is the larger count of the two products.
+    """The tile of a sweep on what kernels are now compiled for; `channels`, at most MOST_CHANNELS, is the larger count of the two products.
 
-    Sweeps are "attend", "attend shared" (by columns that are their own values), "attend given" (the denominators), "slopes", and
+    Sweeps are "attend", "attend shared" (by columns that are their own values), "attend given" (the statistics), "slopes", and
     "slopes shared" (by rows that are their own values).
-
-    Raises:
-        ValueError: more channels than a program can hold.
     """
-    if channels > MOST_CHANNELS:
-        raise ValueError(
-            f"spatial_attention: {channels} channels, but the Triton kernels take at most {MOST_CHANNELS}: pass backend='reference'."
-        )
     architecture = tiles.architecture()
     table = TILES.get(architecture) or TILES[architecture.partition(":")[0]]
     sizes = table.get((sweep, dtype.itemsize)) or table[sweep.split()[0], dtype.itemsize]

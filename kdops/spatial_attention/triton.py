@@ -10,7 +10,13 @@ other) pass by. Which map gives the rows depends on whose positions the result h
     gradients of key and value        key     query
 
 `_attend` sums weighted features of the columns; `_slopes` sums them weighted by the gradient of the logits. No two programs write one
-number, so the same input gives the same bits. Exponentials and statistics are to the base 2.
+number, so the same input gives the same bits.
+
+Exponentials are to the base 2. Every softmax keeps two numbers, with which a weight is exp2(logit * scale - level - log_sum): the level is
+its highest logit, scaled and rounded, and log_sum the logarithm of its sum relative to that. In one number the second would be rounded as
+coarsely as the first. The level is subtracted within one fused multiply-add, which rounds neither the product nor anything near the
+highest logit: the rounding of the level itself multiplies all weights of a softmax alike, and leaves with their sum. It is at most half
+a unit in the last place, a factor of 2^64 for scaled logits of 2^31: up to there, 1e9 to the base e (1e8 in float16), nothing overflows.
 """
 
 from __future__ import annotations
@@ -28,14 +34,15 @@ from ..tiles import Features, features
 from .table import Tile, tile_for
 
 FEW_CHANNELS = 16  # which a product of tiles has at least
+SMALLEST = 2.0**-126  # scale forward: 0 would make NaN of the -infinity of columns that do not exist
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _statistic(statistics, features, batch, n, inside):
-    """The number of each position n of a sample; `inside` says which there are, or is None where all are."""
-    pointers = statistics + batch * features.positions + n
+def _number(numbers, features, row, n, inside):
+    """That of each position n in a row of `numbers`; `inside` says which there are, or is None where all are."""
+    pointers = numbers + row * features.positions + n
     return tl.load(pointers) if inside is None else tl.load(pointers, mask=inside, other=0.0)
 
 
@@ -49,21 +56,24 @@ def _masked(logits, inside, NEGATIVE: tl.constexpr):
 
 
 @triton.jit
-def _given_weights(logits, statistic, inside, scale, NEGATIVE: tl.constexpr):
-    """Of columns whose denominators are known. Scaled within the exponent: one instruction an element."""
-    return tl.exp2(_masked(logits, inside, NEGATIVE) * scale - statistic[None, :])
+def _given_weights(logits, level, log_sum, inside, scale, NEGATIVE: tl.constexpr):
+    """Of columns whose softmaxes are known."""
+    return tl.exp2(tiles.fma(_masked(logits, inside, NEGATIVE), scale, -level[None, :]) - log_sum[None, :])
 
 
 @triton.jit
-def _weights(logits, highest, total, inside, scale, NEGATIVE: tl.constexpr):
-    """Relative to the highest logit of each row so far; by how much what was relative to the one before shrinks; highest and total now."""
+def _weights(logits, level, total, inside, scale, NEGATIVE: tl.constexpr):
+    """Relative to the level of each row so far; by how much what was relative to the one before shrinks; level and total now.
+
+    One instruction an element scales and subtracts.
+    """
     logits = _masked(logits, inside, NEGATIVE)
-    before = highest
-    highest = tl.maximum(before, tl.max(logits, 1))
-    level = tl.where(highest == float("-inf"), 0.0, highest)  # no column so far has any weight
-    weights = tl.exp2(logits * scale - (level * scale)[:, None])
-    shrink = tl.where(before == float("-inf"), 0.0, tl.exp2((before - level) * scale))
-    return weights, shrink, highest, total * shrink + tl.sum(weights, 1)
+    before = level
+    level = tl.maximum(before, tl.max(logits, 1) * scale)
+    finite = tl.where(level == float("-inf"), 0.0, level)  # no column so far has any weight
+    weights = tl.exp2(tiles.fma(logits, scale, -finite[:, None]))
+    shrink = tl.exp2(before - finite)
+    return weights, shrink, level, total * shrink + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -79,8 +89,8 @@ def _attend(
     columns,
     values,  # of the columns; None: the columns themselves
     out,  # at the rows, or None where only statistics are wanted
-    statistics,  # float32 log2 of the softmax's denominators: written, (B, rows), or given, (B, columns)
-    scale,  # of the logits to the base 2; not negative
+    statistics,  # float32 levels and log_sums: written, (B, 2, rows), or given, (B, 2, columns)
+    scale,  # of the logits to the base 2; positive
     NEGATIVE: tl.constexpr,  # the logits change their sign before
     GIVEN: tl.constexpr,
     C: tl.constexpr,
@@ -95,7 +105,7 @@ def _attend(
     PRECISION: tl.constexpr,
     LATE: tl.constexpr,
 ):
-    """out[r] = sum over columns c of a[r, c] values[c], where a is the softmax of a row, or (GIVEN) of a column with known denominator.
+    """out[r] = sum over columns c of a[r, c] values[c], where a is the softmax of a row, or (GIVEN) of a column with known statistics.
 
     LATE: values are added a tile late, so that tensor cores multiply them while the next tile's weights are made.
     """
@@ -104,7 +114,7 @@ def _attend(
     r = first_row + tl.arange(0, ROWS)
     row_inside = r < rows.positions
     row = tiles.load_features(rows, batch, r, row_inside, 0, C, PARTS)
-    highest = tl.full((ROWS,), float("-inf"), tl.float32)
+    level = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tiles.zero_features(ROWS, VALUE_PARTS)
     if LATE:
@@ -119,11 +129,12 @@ def _attend(
             value = tiles.load_features(values, batch, c - COLUMNS, c >= COLUMNS, channel, CV, VALUE_PARTS)
             sums = _add_weighted(sums, shrink, weights, value, GIVEN, VALUE_PARTS, PRECISION)
         if GIVEN:
-            statistic = _statistic(statistics, columns, batch, c, inside)
-            weights = _given_weights(logits, statistic, inside, scale, NEGATIVE)
+            given_level = _number(statistics, columns, 2 * batch, c, inside)
+            log_sum = _number(statistics, columns, 2 * batch + 1, c, inside)
+            weights = _given_weights(logits, given_level, log_sum, inside, scale, NEGATIVE)
             shrink = total
         else:
-            weights, shrink, highest, total = _weights(logits, highest, total, inside, scale, NEGATIVE)
+            weights, shrink, level, total = _weights(logits, level, total, inside, scale, NEGATIVE)
         if out is not None and not LATE:
             value = column
             if values is not None:
@@ -136,7 +147,9 @@ def _attend(
     if not GIVEN:
         sums = tiles.scale_features(sums, 1 / total, VALUE_PARTS)
         if statistics is not None:
-            tiles.store(statistics + batch * rows.positions + r, highest * scale + tl.log2(total), r < rows.positions)
+            pointers = statistics + 2 * batch * rows.positions + r
+            tiles.store(pointers, level, r < rows.positions)
+            tiles.store(pointers + rows.positions, tl.log2(total), r < rows.positions)
     if out is not None:
         tiles.store_features(out, sums, batch, r, channel, CV, VALUE_PARTS)
 
@@ -147,8 +160,8 @@ def _slopes(
     row_values,  # None: the rows are their own values, and `gradient` is that of both roles
     columns,
     column_values,  # None: the columns themselves
-    statistics,  # (B, rows) float32, or (B, columns) if BY_COLUMN, whose softmax it is
-    delta,  # likewise: sum of weights times their gradients, times the scale; written where gradient is None
+    statistics,  # (B, 2, rows) float32, or (B, 2, columns) if BY_COLUMN, whose softmax it is
+    delta,  # (B, rows) or (B, columns): sum of weights times their gradients, times the scale; written where gradient is None
     gradient,  # at the rows, or None where only delta is wanted
     scale,  # of the logits
     scale_2,  # of the logits to the base 2
@@ -164,11 +177,14 @@ def _slopes(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """gradient[r] = sum over columns c of s[r, c] columns[c], s = scale a[r, c] (row_values[r] . column_values[c] - delta).
 
     Values and upstream gradient meet in the same product, whichever of them the rows hold. Rows that are their own values
     receive a[r, c] column_values[c] besides, in the same accumulator.
+
+    AHEAD: the columns' log_sums are loaded by hand a tile ahead; what the compiler loads ahead lies in shared memory.
     """
     batch, first_row, piece = tiles.place(rows, ROWS, SLICES)
     channel = piece * SLICE_PARTS[0]
@@ -183,9 +199,13 @@ def _slopes(
         value_rows = row_values
         row_value = tiles.load_features(row_values, batch, r, row_inside, 0, CV, VALUE_PARTS)
     if not BY_COLUMN:
-        statistic = _statistic(statistics, rows, batch, r, row_inside)[:, None]
+        level = _number(statistics, rows, 2 * batch, r, row_inside)[:, None]
+        log_sum = _number(statistics, rows, 2 * batch + 1, r, row_inside)[:, None]
         if gradient is not None:
-            mean = _statistic(delta, rows, batch, r, row_inside)[:, None]
+            mean = _number(delta, rows, batch, r, row_inside)[:, None]
+    if AHEAD:
+        c = tl.arange(0, COLUMNS)
+        next_log_sum = _number(statistics, columns, 2 * batch + 1, c, c < columns.positions)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tiles.zero_features(ROWS, SLICE_PARTS)
     for first in tl.range(0, columns.positions, COLUMNS, num_stages=STAGES):
@@ -213,9 +233,15 @@ def _slopes(
             PRECISION,
         )
         if BY_COLUMN:
-            statistic = _statistic(statistics, columns, batch, c, inside)[None, :]
-            mean = _statistic(delta, columns, batch, c, inside)[None, :]
-        weights = tl.exp2(logits * scale_2 - statistic)
+            level = _number(statistics, columns, 2 * batch, c, inside)[None, :]
+            if AHEAD:
+                log_sum = next_log_sum[None, :]
+                after = c + COLUMNS
+                next_log_sum = _number(statistics, columns, 2 * batch + 1, after, after < columns.positions)
+            else:
+                log_sum = _number(statistics, columns, 2 * batch + 1, c, inside)[None, :]
+            mean = _number(delta, columns, batch, c, inside)[None, :]
+        weights = tl.exp2(tiles.fma(logits, scale_2, -level) - log_sum)
         slopes = weights * (slopes * scale if gradient is None else slopes * scale - mean)
         if inside is not None:
             weights = tl.where(inside[None, :], weights, 0.0)
@@ -280,7 +306,7 @@ def _launch_attend(
         columns if values is None and apart else values,
         out,
         statistics,
-        abs(scale) * log2(e),
+        max(abs(scale) * log2(e), SMALLEST),
         scale < 0,
         given,
         channels,
@@ -338,6 +364,7 @@ def _launch_slopes(
         columns.positions % tile.columns == 0,
         tile.stages,
         _precision(max(channels, value_channels)),
+        tile.ahead and by_column,
         **tile.options,
         **tiles.OPTIONS,
     )
@@ -354,12 +381,12 @@ def _launch_delta(out: Features, grad: Features, delta: Tensor, scale: float) ->
 def spatial_attention(
     query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, over_query: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """query (B, C, *Sq), key (B, C, *Sk), value (B, Cv, *Sk), or None for the key -> (B, Cv, *Sq), log2 of the denominators, no logits."""
+    """query (B, C, *Sq), key (B, C, *Sk), value (B, Cv, *Sk), or None for the key -> (B, Cv, *Sq), levels and log_sums, no logits."""
     scale = query.shape[1] ** -0.5 if scale is None else scale
     q, k, v = features(query), features(key), None if value is None else features(value)
     out = query.new_empty((query.shape[0], (key if value is None else value).shape[1], *query.shape[2:]))
     normalised = k if over_query else q
-    statistics = query.new_empty((query.shape[0], normalised.positions), dtype=torch.float32)
+    statistics = query.new_empty((query.shape[0], 2, normalised.positions), dtype=torch.float32)
     if query.shape[0] > 0:
         if over_query:
             _launch_attend(k, q, None, None, statistics, scale, given=False)
@@ -391,7 +418,7 @@ def spatial_attention_backward(
     if query.shape[0] > 0:
         of_query, of_key, of_value = (features(g.columns) if g.needed else None for g in found)
         q, k, v, g = features(query), features(key), None if value is None else features(value), features(grad)
-        delta = torch.empty_like(statistics)
+        delta = torch.empty_like(statistics[:, 0])
         if (of_query or of_key) and over_query:
             _launch_slopes(k, v, q, g, statistics, delta, None, scale, by_column=False)
         elif of_query or of_key:

@@ -236,11 +236,6 @@ def test_module_is_the_function() -> None:
             {"normalize": "rows"},
             "normalize is 'rows', but it must be one of 'key', 'query'",
         ),
-        (
-            ((2, 3, 4), (2, 3, 4), (2, 3, 4)),
-            {"backend": "cuda"},
-            "has no backend 'cuda': it has cpu, triton, reference",
-        ),
     ],
 )
 def test_errors_say_what_is_needed(shapes, options, says) -> None:

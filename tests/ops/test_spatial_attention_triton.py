@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 import kdops
+from kdops.dispatch import SPECS, choose
 from kdops.spatial_attention import table
 from kdops.spatial_attention import triton as kernels
 from kdops.spatial_attention.table import Tile
@@ -158,6 +162,12 @@ def test_large_logits_do_not_overflow(normalize: str) -> None:
         check(drawn((1, 6, 30), (1, 6, 80), (1, 6, 80)), tolerance=1e-3, scale=scale, normalize=normalize)
 
 
+@both_ways
+def test_scale_of_zero_takes_the_mean(normalize: str) -> None:
+    """Also where a tile has columns that do not exist, whose logits are -infinity."""
+    check(drawn((1, 6, 30), (1, 6, 80), (1, 6, 80)), scale=0.0, normalize=normalize)
+
+
 def test_positions_of_minus_infinity_have_no_weight() -> None:
     """Tiles that hold nothing else must not poison those that follow, and they get no gradient but their own 0."""
     query, key, value = drawn((1, 1, 9), (1, 1, 150), (1, 3, 150), frozen=(0, 1))
@@ -203,6 +213,29 @@ def test_an_unlisted_architecture_takes_the_tiles_of_its_kind(
     assert table.tile_for("slopes", limit, torch.bfloat16) == tile
 
 
-def test_more_channels_than_a_program_holds_are_refused() -> None:
-    with pytest.raises(ValueError, match="513 channels, but the Triton kernels take at most 512"):
-        kdops.spatial_attention(*drawn((1, 3, 4), (1, 3, 4), (1, 513, 4)), backend="triton")
+@pytest.mark.parametrize("channels", [(513, 3), (3, 513)], ids=["query and key", "value"])
+def test_more_channels_than_a_program_holds_are_left_to_others(
+    channels: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c, cv = channels
+    tensors = drawn((1, c, 4), (1, c, 5), (1, cv, 5))
+    reason = "a tensor has 513 channels and the Triton kernels take at most 512"
+    assert kdops.explain("spatial_attention", *tensors)["triton"] == f"no: {reason}"
+    with pytest.raises(RuntimeError, match=f"cannot run because {reason}"):
+        kdops.spatial_attention(*tensors, backend="triton")
+    first = dataclasses.replace(SPECS["spatial_attention"], preference={DEVICE: ("triton", "reference")})
+    monkeypatch.setitem(SPECS, "spatial_attention", first)
+    assert choose("spatial_attention", tensors).name == "reference"
+    assert choose("spatial_attention", [t[:, :512] for t in tensors]).name == "triton"
+
+
+def test_other_counts_of_channels_do_not_recompile() -> None:
+    """Although the backend looks at them."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    attend = partial(kdops.spatial_attention, backend="triton")
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    for c in (8, 20, 36):
+        tensors = drawn((1, c, 11), (1, c, 13), (1, c + 1, 13))
+        torch.testing.assert_close(compiled(*tensors), attend(*tensors))
+    assert counter.frame_count == 1

@@ -48,6 +48,17 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert steps(checkpoints) == ["step-000006", "step-000007"]
 
 
+def test_the_newest_of_a_million_steps_is_kept(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    (tmp_path / "step-000007-mine").mkdir()
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        save(checkpoints, step)
+    assert steps(checkpoints) == ["step-000007-mine", "step-1000000", "step-1000001"]
+    save(checkpoints, 999_999)  # as after a removed checkpoint
+    (tmp_path / "last").unlink()
+    assert checkpoints.last() == tmp_path / "step-1000001"
+
+
 def test_saving_a_step_twice(tmp_path: Path) -> None:
     """The last one is left as it is; one that no pointer reached before a kill is made anew."""
     checkpoints = Checkpoints(tmp_path, keep=5)

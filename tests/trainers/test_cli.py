@@ -124,6 +124,7 @@ def test_train_fails_with_code_2_for_bad_images(tmp_path: Path, capsys: pytest.C
     config = write_tiny(tmp_path)
     assert main(["train", str(config), "--set", "data.patch=64"]) == 2
     assert "is smaller than" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "scratch").exists()
     assert main(["train", str(config)]) == 0  # what failed left no run behind
 
 
@@ -155,6 +156,9 @@ def test_eval_of_a_run_a_checkpoint_and_weights(tmp_path: Path, capsys: pytest.C
         (["compare", "--recipe", "demo"], "give either run folders, or --recipe and --methods"),
         (["train", "absent.yaml"], "cannot be read"),
         (["resume", "absent"], "no run folder"),
+        (["codec", "codec.txt"], "give codec.safetensors"),
+        (["codec", "codec.safetensors", "--steps", "0"], "--steps 0: a codec is trained for at least 1 step"),
+        (["codec", "codec.safetensors", "--steps", "-3"], "--steps -3: a codec is trained"),
         (
             ["init", "absent/x.yaml"],
             "absent/x.yaml: No such file or directory: give a path that exists, or make its folder",

@@ -146,6 +146,15 @@ def test_one_run_or_an_unfinished_one_is_refused(fake_run, tmp_path: Path) -> No
         compare([fake_run("scratch"), run], tmp_path / "out")
 
 
+def test_a_run_is_no_place_for_a_comparison(fake_run, config_file: Path) -> None:
+    scratch, facd = fake_run("scratch"), fake_run("facd")
+    with pytest.raises(InputError, match=r"--out .*demo-facd is a run folder.*give another folder"):
+        compare([scratch, facd], facd)
+    with pytest.raises(InputError, match="is a run folder"):
+        run_and_compare(config_file, ["output"], facd)
+    assert not (facd / "comparison.json").exists()
+
+
 # --- seeds -------------------------------------------------------------------------------------------------------------
 
 GAINS = (0.02, 0.05, 0.11)  # of facd over scratch, by seed
@@ -185,6 +194,23 @@ def test_differences_are_paired_by_seed(seeded: list[Path], tmp_path: Path) -> N
     assert against["interval"] == pytest.approx([0.06 - half, 0.06 + half], abs=1e-6)
     assert (against["n"], against["agree"], against["settled"]) == (3, 3, False)
     assert (pairs["output"]["scratch"]["agree"], pairs["facd"]["output"]["n"]) == (2, 3)
+
+
+def test_infinite_psnr_is_compared(fake_run, tmp_path: Path) -> None:
+    """null in the files is the PSNR of equal images."""
+    runs = []
+    for method, found in (("scratch", [None, 31.0]), ("output", [None, None])):
+        for seed, psnr in enumerate(found):
+            run = fake_run(method, seed=seed, folder=f"{method}-{seed}")
+            result = json.loads((run / "result.json").read_text())
+            result["sets"]["photos"]["student"]["psnr"] = psnr
+            (run / "result.json").write_text(json.dumps(result))
+            runs.append(run)
+    report = compare(runs, tmp_path / "out").read_text()
+    assert "<td>inf</td>" in report.replace(' class="best"', "")
+    found = json.loads((tmp_path / "out" / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert found["paired"]["photos"]["output"]["scratch"]["differences"] == {"0": 0.0, "1": None}
+    assert not found["paired"]["photos"]["output"]["scratch"]["settled"]
 
 
 def test_words_about_seeds_say_what_is_settled(seeded: list[Path], fake_run, tmp_path: Path) -> None:

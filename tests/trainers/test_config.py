@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
+from safetensors.torch import save_file
 
 from trainers import starter
 from trainers.config import Config
@@ -52,6 +54,29 @@ def test_a_good_config_and_its_defaults(tmp_path: Path) -> None:
     assert config.student.scale == config.scale == 2
     assert config.teacher is not None
     assert config.teacher.weights == str(tmp_path / "teacher.safetensors")  # relative to the file
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ("nosuch.pth", "its weights do not tell it: {folder}/nosuch.pth: there are no weights"),
+        ("run.yaml", "its weights do not tell it: {folder}/run.yaml: cannot be read as weights"),
+        (
+            "foreign.safetensors",
+            "its weights do not tell it: {folder}/foreign.safetensors: these weights fit none of our",
+        ),
+    ],
+)
+def test_weights_that_do_not_tell_their_network_are_named(tmp_path: Path, weights: str, said: str) -> None:
+    save_file({"w": torch.zeros(1)}, tmp_path / "foreign.safetensors")
+    (found,) = problems(tmp_path, GOOD.replace("arch: edsr, weights: teacher.safetensors", f"weights: {weights}"))
+    assert found.startswith("run.yaml:2:1: teacher.arch: is missing, and ")
+    assert said.format(folder=tmp_path) in found
+
+
+def test_a_slice_of_the_teacher_is_no_file_that_tells_arch(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, GOOD.replace("arch: edsr, features: 16", "weights: teacher"))
+    assert found == "run.yaml:3:1: student.arch: is missing"
 
 
 def test_all_mistakes_at_once(tmp_path: Path) -> None:
@@ -101,12 +126,20 @@ def test_the_method_block(tmp_path: Path, change: str, said: str) -> None:
     ("overrides", "said"),
     [
         (["data.batch=1"], "--set data.batch=1: data.batch: method facd relates patches of a batch: 1 is below 2"),
+        (["train.milestones=[5]"], "train.milestones: a step schedule has milestones, and the others have none"),
         (["train.accumulate=3"], "--set train.accumulate=3: train.accumulate: 3 does not divide the batch of 16"),
         (["data.patch=95"], "--set data.patch=95: data.patch: 95 is not a multiple of 2"),
         (["teacher=null"], "--set teacher=null: teacher: method facd needs a teacher"),
         (["teacher.weights=null"], "teacher: a teacher needs trained weights"),
         (["student.scale=4"], "--set student.scale=4: student.scale: 4, but the run's scale is 2"),
         (["method.weights.pixel={share: 1}"], "method.weights.pixel: shares are measured against the pixel term"),
+        (["train.lr=1.0e-7"], "train.lr_min: 1e-06 is above train.lr, 1e-07, to which the rate would rise"),
+        (
+            ["method.weights.output={value: 1.0, final: 0.1}"],
+            "method.weights.output: Value error, final: 0.1 is reached after `decay` steps: give decay",
+        ),
+        (["method.weights.output={value: 1.0, final: 0.0}"], "final: 0 is reached after `decay` steps"),
+        (["method.weights.output={value: 1.0, final: 0.1, decay: 0}"], "final: 0.1 is reached after `decay` steps"),
         (["scale=1"], "--set scale=1: scale: 1 does not belong to task sr: give 2, 3, 4 or 8"),
         (["task=denoise", "scale=2"], "--set scale=2: scale: 2 does not belong to task denoise: leave it out"),
         (["data.degradation={name: noise}"], "data.train: noise keeps the size of an image, but the scale is 2"),
@@ -146,6 +179,14 @@ def test_the_method_block(tmp_path: Path, change: str, said: str) -> None:
 def test_what_an_override_breaks(tmp_path: Path, overrides: list[str], said: str) -> None:
     found = problems(tmp_path, GOOD, *overrides)
     assert any(said in problem for problem in found), found
+
+
+def test_a_rate_and_a_weight_that_fall(tmp_path: Path) -> None:
+    weight = "method.weights.output={value: 1.0, final: 0.1, decay: 5}"
+    assert problems(tmp_path, GOOD, "train.lr=1.0e-7", "train.lr_min=0.0", weight) == []
+    assert problems(tmp_path, GOOD, "train.lr=1.0e-7", "train.schedule=constant") == []
+    plain = load_config(write(tmp_path, GOOD), ["method.weights.output={value: 1.0}"])
+    assert problems(tmp_path, dump_config(plain)) == []
 
 
 def test_overrides_are_typed(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from trainers.data.pairs import Pairs
 from trainers.data.resize import imresize
 from trainers.data.sets import TrainSet, cut, open_train_set, open_val_set, train_problems, val_problems
 from trainers.errors import InputError
+from trainers.metrics import PROTOCOLS
 
 needs_skimage = pytest.mark.skipif(importlib.util.find_spec("skimage") is None, reason="scikit-image is not installed")
 
@@ -281,7 +282,7 @@ def test_val_photos_are_the_held_out_ones() -> None:
     entry = ValSet(name="photos", gt="photos")
     assert [pair.name for pair in open_val_set(entry, 2)] == ["chelsea", "coffee"]
     assert [tuple(pair.gt.shape) for pair in open_val_set(entry, 4)] == [(3, 300, 448), (3, 400, 600)]
-    assert val_problems(entry, 2) == []
+    assert val_problems(entry, 2, PROTOCOLS["sr-y"]) == []
 
 
 # --- problems ---
@@ -353,8 +354,24 @@ def test_photos_have_no_folder_of_inputs() -> None:
 
 def test_val_images_must_hold_the_ssim_window(tmp_path: Path) -> None:
     write_pairs(tmp_path, [(7, 8), (8, 8)])
-    [problem] = val_problems(ValSet(name="v", gt=f"{tmp_path}/gt", lq=f"{tmp_path}/lq"), 2)
-    assert "0.png: 16x14 is smaller than 15x15, the window of SSIM" in problem
+    entry = ValSet(name="v", gt=f"{tmp_path}/gt", lq=f"{tmp_path}/lq")
+    for headers_only in (False, True):
+        [problem] = val_problems(entry, 2, PROTOCOLS["sr-y"], headers_only=headers_only)
+        assert "0.png: 16x14 is smaller than 16x16, the least that protocol sr-y measures" in problem
+    assert val_problems(entry, 2, PROTOCOLS["deblur-rgb"]) == []
+
+
+def test_headers_tell_unreadable_images_and_wrong_pairs_but_not_a_rotation(tmp_path: Path) -> None:
+    write_pairs(tmp_path, [(9, 8), (9, 8), (8, 9), (9, 8)])
+    write_png(tmp_path / "gt" / "1.png", noise(16, 18))  # its input may be one that EXIF turns
+    write_png(tmp_path / "gt" / "3.png", noise(16, 16))
+    (tmp_path / "gt" / "0.png").write_text("no image")
+    entry = ValSet(name="v", gt=f"{tmp_path}/gt", lq=f"{tmp_path}/lq")
+    found = val_problems(entry, 2, PROTOCOLS["sr-y"], headers_only=True)
+    assert [problem.partition(", ")[0].partition(" (")[0] for problem in found] == [
+        f"{tmp_path}/gt/0.png: cannot be read as an image",
+        f"{tmp_path}/lq/3.png: 8x9",
+    ]
 
 
 def test_a_png_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from trainers.config import ValSet
 from trainers.data.images import read_image
 from trainers.data.resize import imresize
 from trainers.data.sets import ValPair, open_val_set
+from trainers.errors import InputError
 from trainers.evaluate import bicubic, count_macs, count_parameters, evaluate
 from trainers.metrics import PROTOCOLS, psnr, rgb_to_y, ssim
 from trainers.models.edsr import EDSR, EDSROptions
@@ -130,6 +131,12 @@ def test_the_gpu_measures_the_same() -> None:
     cpu = evaluate(network, val_pairs(), SR_Y, 2)
     cuda = evaluate(network.to("cuda"), val_pairs(), SR_Y, 2, "cuda")
     assert cuda["psnr"] == pytest.approx(cpu["psnr"], abs=1e-2)
+
+
+def test_an_image_that_is_too_small_is_named() -> None:
+    small = ValPair("speck", torch.zeros(3, 6, 6), torch.zeros(3, 12, 12))
+    with pytest.raises(InputError, match=r"speck: .* 11 x 11"):
+        evaluate(lambda lq: bicubic(lq, 2), [small], SR_Y, 2)
 
 
 def test_no_images() -> None:

@@ -5,6 +5,7 @@ Faults at chosen places are in test_resume.py (kill -9 and signals in a step) an
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import random
 import shutil
@@ -17,10 +18,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.trainers.tiny import assert_same_state, last_state, metrics, write_tiny
+from tests.trainers.tiny import assert_same_state, last_state, metrics, tiny, write_tiny, write_yaml
 from trainers import cli
 from trainers.checkpoint import Checkpoints
 from trainers.cli import main
+from trainers.data.images import write_png
 from trainers.data.pairs import Pairs
 from trainers.data.sets import TrainSet
 from trainers.errors import Diverged
@@ -69,6 +71,11 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and stderr."""
     _, errors = process.communicate(timeout=300)
     return process.returncode, errors
+
+
+def best_of(run: Path) -> tuple[str, object]:
+    """The checkpoint and the result that are the best."""
+    return (run / "checkpoints" / "best").read_text(), json.loads((run / "result.json").read_text())["best"]
 
 
 def last_step(run: Path) -> int:
@@ -248,6 +255,61 @@ def test_an_image_that_vanishes_is_named(
     away.rename(image)
     assert main(["resume", str(run)]) == 0
     assert_same_state(last_state(tmp_path / "runs" / "scratch"), last_state(run))
+
+
+def test_a_bad_validation_image_is_found_before_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_tiny(tmp_path)
+    write_png(tmp_path / "val" / "small.png", torch.zeros(3, 12, 12))
+    (tmp_path / "val" / "text.png").write_text("no image")
+    assert main(["train", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert "small.png: 12x12 is smaller than 16x16, the least that protocol sr-y measures" in said
+    assert "text.png: cannot be read as an image" in said
+    assert not (tmp_path / "runs" / "scratch" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("save_every", [2, 100])
+def test_a_validation_that_fails_costs_nothing(
+    tmp_path: Path, save_every: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step is saved before; the resume validates it once the image is back."""
+    tree = tiny(tmp_path, steps=6, save_every=save_every)
+    tree["val"]["every"] = 2
+    config = write_yaml(tmp_path, tree)
+    assert main(["train", str(config)]) == 0
+    image, run = tmp_path / "val" / "image0.png", tmp_path / "runs" / "broken"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:-300])  # its header is good
+    assert main(["train", str(config), "--set", "name=broken"]) == 2
+    said = capsys.readouterr().err
+    assert f"{image}: cannot be read as an image" in said
+    assert f"kdtrain resume {run} goes on" in said
+    assert last_step(run) == 2
+    image.write_bytes(whole)
+    assert main(["resume", str(run)]) == 0
+    assert_same_state(last_state(tmp_path / "runs" / "scratch"), last_state(run))
+    assert metrics(tmp_path / "runs" / "scratch") == metrics(run)
+
+
+def test_a_kill_after_a_validation_does_not_repeat_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lines are there, but the checkpoint was written before and does not know the best result."""
+    tree = tiny(tmp_path, steps=6, save_every=2)
+    tree["val"]["every"] = 2
+    config = write_yaml(tmp_path, tree)
+    assert main(["train", str(config)]) == 0
+    run = tmp_path / "runs" / "killed"
+
+    def die() -> None:
+        raise Diverged("as if killed")
+
+    at_step(monkeypatch, 4, die)
+    assert main(["train", str(config), "--set", "name=killed"]) == 4
+    monkeypatch.undo()
+    (run / "checkpoints" / "best").unlink()
+    assert main(["resume", str(run)]) == 0
+    assert_same_state(last_state(tmp_path / "runs" / "scratch"), last_state(run))
+    assert metrics(tmp_path / "runs" / "scratch") == metrics(run)
+    assert best_of(run) == best_of(tmp_path / "runs" / "scratch")
 
 
 def test_a_nan_in_a_batch_stops_before_it_is_saved(

@@ -11,13 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.trainers.tiny import TEACHER, last_state, metrics, tiny, write_images, write_tiny, write_yaml
 from trainers import loop, schedule
 from trainers.checkpoint import SaveFailed
 from trainers.cli import main
 from trainers.config import Train
+from trainers.config_file import load_config
 from trainers.ema import EMA
+from trainers.launch import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -223,6 +226,13 @@ def test_learning_rate() -> None:
     assert schedule.learning_rate(train, 60) == pytest.approx(0.55)
     assert schedule.learning_rate(train, 110) == pytest.approx(0.1)
     assert schedule.learning_rate(Train(steps=110, lr=1.0, schedule="constant"), 99) == 1.0
+    halved = Train(steps=110, lr=1.0, schedule="step", milestones=[20, 50])
+    assert [schedule.learning_rate(halved, step) for step in (0, 19, 20, 49, 50, 109)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_betas_reach_the_optimizer(tmp_path: Path) -> None:
+    config = load_config(write_tiny(tmp_path, betas=[0.9, 0.99]))
+    assert make_optimizer(config.train, nn.Linear(2, 2)).param_groups[0]["betas"] == (0.9, 0.99)
 
 
 def test_the_average_is_its_formula() -> None:

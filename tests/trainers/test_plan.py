@@ -265,6 +265,15 @@ def test_what_is_no_size_or_patch_is_refused(tmp_path: Path, capsys: pytest.Capt
     assert "17 is not a multiple" in capsys.readouterr().err
 
 
+def test_a_patch_that_the_method_refuses_is_not_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DUKD downscales inputs once more; the planner's own halves of a patch are held to it too."""
+    path = write_tiny(tmp_path, "dukd")
+    planner = Planner(load_config(path), 2**40)
+    assert all(side % 4 == 0 for side in planner._sides())
+    assert main(["plan", str(path), "--patch", "18"]) == 2
+    assert "must be a multiple of 4" in capsys.readouterr().err
+
+
 # --- recomputed activations ------------------------------------------------------------------------------------------------------
 
 

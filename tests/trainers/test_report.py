@@ -253,6 +253,15 @@ def test_x_axis_ends_with_the_curve() -> None:
     assert "1,200" not in document.text
 
 
+def test_chart_leaves_out_levels_and_bands_that_are_not_finite() -> None:
+    band = [(0.0, 1.0, float("inf")), (1.0, 1.0, 2.0)]
+    line = Series("a", [(0.0, 1.0), (1.0, 2.0)], 0, 0, band=band)
+    chart = line_chart("t", "x", "y", [line], levels=[Level("perfect", float("inf")), Level("bicubic", 1.5)])
+    assert "bicubic" in chart
+    assert "perfect" not in chart
+    assert "inf" not in chart
+
+
 def test_chart_leaves_out_what_is_not_finite() -> None:
     assert line_chart("t", "x", "y", [Series("a", [(1.0, float("nan"))], 0, 0)]) == ""
     chart = line_chart(

@@ -58,6 +58,21 @@ def test_restore_one_picture_to_a_file_or_a_folder(tmp_path: Path, capsys: pytes
         assert read_image(tmp_path / written).shape == (3, 80, 96)
 
 
+def test_nothing_is_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, given, out = weights(tmp_path, scale=2), write_images(tmp_path / "in", 3), tmp_path / "out"
+    out.mkdir()
+    for name in ("image1.png", "image2.png", "keep.png"):
+        (out / name).write_bytes(b"mine")
+    assert main(["restore", str(given / "image0.png"), str(out / "keep.png"), "--weights", str(source)]) == 2
+    assert f"{out / 'keep.png'} exists already: give another output" in capsys.readouterr().err
+    assert main(["restore", str(given), str(out), "--weights", str(source)]) == 2
+    assert f"{out / 'image1.png'} exists already, and 1 more" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == dict.fromkeys(
+        ("image1.png", "image2.png", "keep.png"), b"mine"
+    )
+    assert main(["restore", str(given / "image0.png"), str(out), "--weights", str(source)]) == 0
+
+
 @pytest.mark.parametrize("arch", ["edsr", "nafnet"])
 def test_tiles_and_ensemble(tmp_path: Path, arch: str) -> None:
     """Pictures of any size; a local network makes the same of tiles, but not of the ensemble."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.trainers.test_loop import assert_same_training
-from tests.trainers.tiny import assert_same_state, last_state, metrics, write_tiny
+from tests.trainers.tiny import assert_same_state, last_state, metrics, tiny, write_images, write_tiny, write_yaml
 from trainers import launch
+from trainers.checkpoint import Checkpoints
 from trainers.cli import main
+from trainers.loop import Loop
+from trainers.results import load_run
 from trainers.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,6 +113,86 @@ def test_resume_reports_changes_and_takes_them(tmp_path: Path, capsys: pytest.Ca
     assert "train.lr: 0.001 -> 0.0001" in said.out + said.err
     assert metrics(run)[-1]["step"] == 6
     assert "steps: 6" in (run / "config.yaml").read_text()
+
+
+def test_scores_are_never_those_of_other_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished run that is trained further, and interrupted, is not done."""
+    assert main(["train", str(write_tiny(tmp_path))]) == 0
+    run = tmp_path / "runs" / "scratch"
+    first = (run / "result.json").read_bytes()
+    assert main(["resume", str(run)]) == 0  # nothing to train
+    assert not (run / "result-4.json").exists()
+    with monkeypatch.context() as interrupting:
+        interrupting.setattr(Loop, "_agree", lambda self, requested: True)
+        assert main(["resume", str(run), "--set", "train.steps=7"]) == 130
+    assert (run / "result-4.json").is_file()
+    assert main(["export", str(run), "-o", str(tmp_path / "out"), "--size", "16x24"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "5 of 7 steps" in card
+    assert "Not measured" in card
+    assert main(["compare", str(run), str(tmp_path / "other"), "-o", str(tmp_path / "compared")]) == 2
+    assert "is not done" in capsys.readouterr().err
+    assert main(["resume", str(run)]) == 0
+    assert json.loads((run / "result.json").read_text())["steps"] == 7
+    assert json.loads((run / "result-4.json").read_text())["sets"] == json.loads(first)["sets"]
+
+
+def test_scores_of_another_step_are_not_on_the_card(tmp_path: Path) -> None:
+    """As earlier versions left them behind."""
+    assert main(["train", str(write_tiny(tmp_path))]) == 0
+    file = tmp_path / "runs" / "scratch" / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"steps": 3}))
+    assert main(["export", str(file.parent), "-o", str(tmp_path / "out"), "--size", "16x24"]) == 0
+    assert "Not measured" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_fewer_steps_than_were_trained_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(write_tiny(tmp_path))]) == 0
+    run = tmp_path / "runs" / "scratch"
+    before = (run / "config.yaml").read_text(), (run / "result.json").read_text()
+    assert main(["resume", str(run), "--set", "train.steps=3"]) == 2
+    assert "train.steps: 3, but" in capsys.readouterr().err
+    assert ((run / "config.yaml").read_text(), (run / "result.json").read_text()) == before
+
+
+@pytest.mark.parametrize("change", ["val.protocol=dehaze-rgb", "data.val=[{name: val, gt: {folder}/other}]"])
+def test_resume_with_another_validation_starts_a_new_series(
+    tmp_path: Path, change: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tiny(tmp_path, steps=4, save_every=2)
+    tree["val"]["every"] = 2
+    write_images(tmp_path / "other", 1, seed=3)
+    assert main(["train", str(write_yaml(tmp_path, tree))]) == 0
+    run = tmp_path / "runs" / "scratch"
+    before = [line for line in metrics(run) if line["kind"] == "val"]
+    changed = ["--set", change.replace("{folder}", str(tmp_path))]
+    assert main(["resume", str(run), *changed, "--set", "train.steps=6"]) == 0
+    assert "val: val: measured in another way" in capsys.readouterr().err
+    assert [line for line in metrics(run) if line["kind"] == "val"][: len(before)] == before  # nothing is lost
+    found = load_run(run)
+    curve = found.validation("val", "step")
+    assert [step for step, _ in curve] == [4, 6]
+    assert curve[0][1] != before[-1]["psnr"]
+    step, psnr = max(curve, key=lambda point: point[1])
+    assert found.result["best"] == {"step": step, "psnr": psnr}
+    lines = metrics(run)
+    shutil.rmtree(run / "checkpoints" / "step-000006")  # as if it was killed before
+    assert main(["resume", str(run)]) == 0
+    assert metrics(run) == lines
+
+
+def test_resume_with_another_term_between_two_lines(tmp_path: Path) -> None:
+    config = write_tiny(tmp_path, "dckd", steps=5, log_every=2, save_every=3)
+    assert main(["train", str(config), "--set", "train.steps=3", "--set", "train.log_every=2"]) == 0
+    checkpoints = Checkpoints(tmp_path / "runs" / "dckd" / "checkpoints", keep=1)
+    path, _, state = checkpoints.read_last()
+    state["window"] = {"losses": [torch.zeros(4)], "seconds": 1.0, "waited": 0.0}  # as of a step between two lines
+    torch.save(state, path / "state.pt")
+    more = ["--set", "method.label_consistency=true", "--set", "train.steps=5"]
+    assert main(["resume", str(tmp_path / "runs" / "dckd"), *more]) == 0
+    assert metrics(tmp_path / "runs" / "dckd")[-2]["losses"]["label_consistency"] > 0
 
 
 def test_resume_refuses_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,7 +103,19 @@ def test_adaptive_sigma_reads_the_same_whatever_the_distance() -> None:
 
 
 def test_a_number_is_the_sigma_of_all_taps() -> None:
-    assert skd(sigma=0.5).sigmas == [0.5] * len(TAPS)
+    assert skd(sigma=0.5).widths(len(TAPS)) == [0.5] * len(TAPS)
+
+
+def test_a_resume_may_choose_another_sigma() -> None:
+    """What was measured stays in the checkpoint, whatever is used; one of a number, as older ones have, is overruled too."""
+    measured, number = skd(), skd(sigma=0.5)
+    assert number.sigmas == measured.sigmas
+    number.load_state_dict(measured.state_dict(), strict=False)
+    assert number.widths(len(TAPS)) == [0.5] * len(TAPS)
+    measured.load_state_dict(number.state_dict(), strict=False)
+    assert measured.widths(len(TAPS)) == measured.sigmas == number.sigmas
+    number.set_extra_state([0.25] * len(TAPS))
+    assert number.widths(len(TAPS)) == [0.5] * len(TAPS)
 
 
 def test_a_perfect_student_has_next_to_no_loss() -> None:

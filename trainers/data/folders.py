@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,7 +10,7 @@ from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from trainers.data.images import EXTENSIONS, read_image
+from trainers.data.images import EXTENSIONS, read_image, stored_size
 from trainers.errors import InputError
 
 
@@ -112,30 +112,45 @@ class LeastSide(NamedTuple):
     reason: str
 
 
-def image_problems(pairs: Sequence[PairFiles], scale: int, least: LeastSide) -> list[str]:
-    """Everything wrong with the images themselves: decodes them all, on every core.
+def image_problems(
+    pairs: Sequence[PairFiles], scale: int, least: LeastSide, *, headers_only: bool = False
+) -> list[str]:
+    """Everything wrong with the images themselves: decodes them all, on every core, or reads their headers alone.
 
     Damaged or unsupported files, inputs that are not 1/scale of their ground truth, ground truths that are too small.
     """
+    size_of = stored_size if headers_only else decoded_size
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-        found = pool.map(lambda pair: problems_of_pair(pair, scale, least), pairs)
+        found = pool.map(lambda pair: problems_of_pair(pair, scale, least, size_of), pairs)
         return [problem for problems in found for problem in problems]
 
 
-def problems_of_pair(pair: PairFiles, scale: int, least: LeastSide) -> list[str]:
+def problems_of_pair(
+    pair: PairFiles, scale: int, least: LeastSide, size_of: Callable[[Path], tuple[int, int]]
+) -> list[str]:
     problems: list[str] = []
-    sizes: dict[Path | None, tuple[int, ...]] = {}
+    sizes: dict[Path | None, tuple[int, int]] = {}
     for path in (pair.gt, pair.lq):
         if path is not None:
             try:
-                sizes[path] = tuple(read_image(path).shape[1:])
+                sizes[path] = size_of(path)
             except InputError as error:
                 problems += error.problems
     if pair.gt in sizes:
         problems += too_small(pair.gt, sizes[pair.gt], least)
     if pair.gt in sizes and pair.lq in sizes:
-        problems += wrong_scale(pair, sizes[pair.gt], sizes[pair.lq], scale)
+        height, width = sizes[pair.gt]
+        wrong = wrong_scale(pair, (height, width), sizes[pair.lq], scale)
+        # A header does not tell an EXIF rotation, which one of the two may have.
+        if size_of is not stored_size or wrong_scale(pair, (width, height), sizes[pair.lq], scale):
+            problems += wrong
     return problems
+
+
+def decoded_size(path: Path) -> tuple[int, int]:
+    """(height, width); InputError for what cannot be read."""
+    height, width = read_image(path).shape[1:]
+    return height, width
 
 
 def too_small(path: Path, size: tuple[int, ...], least: LeastSide) -> list[str]:

@@ -22,6 +22,7 @@ from trainers.randomness import random_words
 
 if TYPE_CHECKING:  # the config imports the networks; the data needs only its types
     from trainers.config import Data, TrainFolders, ValSet
+    from trainers.metrics import Protocol
 
 Pixels = npt.NDArray[Any]  # uint8 or uint16
 
@@ -189,11 +190,11 @@ def train_problems(data: Data, scale: int, patch: int) -> list[str]:
     return problems + image_problems(pairs, scale, least_for_training(patch))
 
 
-def val_problems(entry: ValSet, scale: int) -> list[str]:
-    """Everything wrong with the images of a validation set; reads them all."""
+def val_problems(entry: ValSet, scale: int, protocol: Protocol, *, headers_only: bool = False) -> list[str]:
+    """Everything wrong with the images of a validation set; reads them all, or their headers alone."""
     pairs, problems = val_files(entry)
-    least = LeastSide(11 + 2 * scale, "the window of SSIM plus the border that is left out; remove it")
-    return problems + image_problems(pairs, scale, least)
+    least = LeastSide(protocol.least_side(scale), f"the least that protocol {protocol.name} measures; remove it")
+    return problems + image_problems(pairs, scale, least, headers_only=headers_only)
 
 
 def train_files(data: Data) -> tuple[list[PairFiles], list[str]]:

@@ -103,22 +103,20 @@ class SKD(Method):
         super().__init__()
         self.options = options
         self.features = build(options.features)
-        self.sigmas: list[
-            float
-        ] = []  # of the taps, plain numbers: a tensor's would have to be fetched from the device in each step
+        # Measured, of the taps; plain numbers: a tensor's would have to be fetched from the device in each step.
+        self.sigmas: list[float] = []
 
     def requirements(self) -> Requirements:
         return Requirements(teachers=("teacher",), taps=True)
 
     def calibrate(self, samples: Iterable[tuple[Tensor, Tensor]], teachers: Mapping[str, Network]) -> None:
-        """sigma^2 = variance of each of the teacher's taps over the first batch, or the option's number."""
+        """sigma^2 = variance of each of the teacher's taps over the first batch. A resume may change the option: it is not asked here."""
         moments = []
         for lq, _ in samples:
             taps = [tap.double() for tap in teachers["teacher"](lq)[1].values()]
             moments.append(torch.stack([torch.stack([tap.mean(), tap.square().mean()]) for tap in taps]))
         mean, square = torch.stack(moments).mean(dim=0).unbind(dim=1)  # (T,) each; all samples have the same size
-        measured = (square - mean.square()).clamp(min=1e-12).sqrt().tolist()
-        self.sigmas = [self.options.sigma] * len(measured) if isinstance(self.options.sigma, float) else measured
+        self.sigmas = (square - mean.square()).clamp(min=1e-12).sqrt().tolist()
 
     def get_extra_state(self) -> list[float]:
         return self.sigmas
@@ -155,7 +153,9 @@ class SKD(Method):
         return torch.stack([-torch.expm1(-distance / (2 * variance)) for distance, variance in pairs]).mean()
 
     def widths(self, taps: int) -> list[float]:
-        """sigma of each tap; 1 before calibration, for `kdtrain plan`."""
+        """sigma of each tap: the option's number, or as measured; 1 before calibration, for `kdtrain plan`."""
+        if isinstance(self.options.sigma, float):
+            return [self.options.sigma] * taps
         return self.sigmas or [1.0] * taps
 
     def channel_distance(self, student: Tensor, teacher: Tensor) -> Tensor:
