@@ -13,7 +13,7 @@ from rich.table import Table
 
 from trainers.config import Data, ValSet
 from trainers.data.degradations import AnyDegradation, Bicubic
-from trainers.data.sets import open_val_set
+from trainers.data.sets import open_val_set, val_problems
 from trainers.errors import InputError
 from trainers.evaluate import baseline, evaluate
 from trainers.fields import PHOTOS
@@ -73,6 +73,9 @@ def measure(source: Path, wanted: Wanted) -> dict[str, Any]:
     for name, chosen in chosen_sets(wanted).items():
         if chosen.lq is None and data.degradation is None:
             raise InputError(f"--data {name}: task {task.name} makes no inputs by itself: give --lq or --degradation")
+        problems = val_problems(chosen, opened.network.scale, protocol, headers_only=True)
+        if problems:
+            raise InputError(problems)
         pairs = open_val_set(chosen, opened.network.scale, data)
         sets[name] = {
             who: evaluate(one, pairs, protocol, opened.network.scale, opened.device, extra)

@@ -50,6 +50,7 @@ def test_sets_have_names_of_their_own(
         ),
         (["--degradation", "{name: bicubic, border: [}"], "it is no YAML; write it as in a config"),
         (["--degradation", "{name: noise, sigma: -1}"], "must be from 0 to 255; write it as in a config"),
+        (["--data", "dot"], "image0.png: 1x1 is smaller than"),
         (["--data", "photos", "--lq", "in"], "in: holds no inputs of the embedded photographs"),
     ],
 )
@@ -58,6 +59,7 @@ def test_what_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "in", 1)
+    write_images(tmp_path / "dot", 1, (1, 1))
     assert main(["eval", str(weights(tmp_path, scale=2)), *arguments]) == 2
     assert said in capsys.readouterr().err
 
