@@ -83,10 +83,11 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def last_state(run: Path) -> dict[str, Any]:
-    """Everything in the last checkpoint but times, flat: dotted name -> tensor or plain value."""
+    """Everything in the last checkpoint but times and folders, flat: dotted name -> tensor or plain value."""
     last = Checkpoints(run / "checkpoints", keep=1).last()
     assert last is not None
     weights, state = read_checkpoint(last)
+    del state["validation"]
     for times, name in ((state, "seconds"), (state["window"], "seconds"), (state["window"], "waited")):
         del times[name]
     return flat({"weights": weights, "state": state})
