@@ -51,7 +51,7 @@ def test_a_larger_student_is_no_slice(features: int, blocks: int) -> None:
 
 @pytest.mark.parametrize("method", ["scratch", "output"])
 def test_it_goes_with_any_method(tmp_path: Path, method: str) -> None:
-    tree = tiny(tmp_path, method, steps=1, save_every=1, lr=1e-12, ema=None)
+    tree = tiny(tmp_path, method, steps=1, save_every=1, lr=1e-12, lr_min=0.0, ema=None)
     tree |= {"teacher": TEACHER | {"weights": "teacher.safetensors"}, "student": STUDENT | {"weights": "teacher"}}
     assert main(["train", str(write_yaml(tmp_path, tree))]) == 0
     teacher, trained = load_file(tmp_path / "teacher.safetensors"), last_state(tmp_path / "runs" / method)

@@ -56,7 +56,7 @@ def test_a_cached_run_is_the_same_bit_for_bit(
 
 def test_another_student_and_a_resumed_run_compute_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_tiny(tmp_path, "output", steps=4, schedule="constant")
-    assert main(["train", str(config), *CACHED]) == 0
+    assert main(["train", str(config), *CACHED, "--set", "val.every=2"]) == 0
     assert main(["train", str(config), *CACHED, "--set", "name=other", "--set", "student.features=5"]) == 0
     assert counts(capsys.readouterr().err) == (6, 0)  # 4 steps, and 2 measurements of the shares
     assert main(["train", str(config), "--set", "name=part", "--set", "train.steps=2"]) == 0
