@@ -37,9 +37,9 @@ measured steps tell of the process and of the time that each part takes for its 
 on both backends and were run once. The cases were run while the planner was being made and simulated again at its end: `facd` at 512 was
 not run for an earlier prediction of 4.5 GiB.
 
-All of it is from before two changes of 27 November: training [keeps memory](trainer.md#memory-on-a-cpu), which makes steps with large maps up to 1.7 times
-faster and processes up to a tenth larger, and times are taken without Python's garbage collection, whose 0.2 to 0.3 s stand in the tables below with one
-loss term or another (`dukd`'s pixel term, `facd`'s contrast at patch 128).
+All of it is from before two changes of 27 November: training [keeps memory](trainer.md#memory-on-a-cpu), which makes steps with large
+maps up to 1.7 times faster and processes up to a tenth larger, and times are taken without Python's garbage collection, whose 0.2 to
+0.3 s stand in the tables below with one loss term or another (`dukd`'s pixel term, `facd`'s contrast at patch 128).
 
 ## Full resolution in 4 GiB
 
