@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from trainers.errors import Diverged, ImageLost, InputError, out_of_memory
 from trainers.loss_weights import LossWeights, gradient_norms, weighted_sum
 from trainers.micro_batches import MicroBatches, stage_at
 from trainers.networks import any_size
+from trainers.position import Position, Window
 from trainers.progress import TrainingProgress
 from trainers.randomness import random_state, restore_random_state
 from trainers.run_folder import RunFolder
@@ -36,29 +36,6 @@ from trainers.step import TrainStep
 from trainers.validation import Validation
 
 STEPS_BETWEEN_AGREEMENTS = 10  # on several devices, how often all ask each other whether one was told to stop
-
-
-@dataclass
-class Position:
-    """Where a run stands."""
-
-    step: int = 0
-    """Optimiser steps done."""
-    seconds: float = 0.0
-    """Training time, without validation and saving."""
-    best: dict[str, float] | None = None
-    """{"step", "psnr"} of the best validation on the first set."""
-
-
-@dataclass
-class Window:
-    """What has gathered since the last line of metrics.jsonl."""
-
-    losses: list[Tensor] = field(default_factory=list)
-    """(terms,) per step, on the device."""
-    seconds: float = 0.0
-    waited: float = 0.0
-    """Seconds spent waiting for data."""
 
 
 class Loop:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,8 @@ from trainers.evaluate import baseline, count_macs, count_parameters, evaluate
 from trainers.json_text import to_json
 from trainers.memory import memory_given_back
 from trainers.metrics import PROTOCOLS
+from trainers.position import Position
 from trainers.run_folder import RunFolder, environment
-
-if TYPE_CHECKING:
-    from trainers.loop import Position
 
 MACS_OUTPUT = (720, 1280)  # height and width of the restored image for which MACs are counted
 
