@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from trainers.errors import InputError
+from trainers.files import replace_file, sync_folder, write_synced
 
 Weights = Mapping[str, Tensor]
 
@@ -166,35 +167,3 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
     except Exception as error:  # the readers raise many types for a broken file
         raise InputError(f"{path}: cannot be read as a checkpoint: {error}") from None
     return weights, state
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Gives a file new content: whoever reads it, whenever, finds the old or the new one."""
-    unfinished = path.with_name(
-        f"{path.name}.{os.getpid()}.tmp"
-    )  # of this process: others may be writing the same file
-    try:
-        write_synced(unfinished, content)
-        os.replace(unfinished, path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        if error.errno is not None:  # the system's: its text is made of these
-            error.filename = str(path)  # the one that the caller knows
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Makes renames inside a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from trainers import comparison_tables, page, report
 from trainers.alike import BASELINES, NEUTRAL, arms_of, refuse_unlike, under
-from trainers.checkpoint import replace_file
 from trainers.costs import measure_costs, read_costs
 from trainers.errors import InputError
+from trainers.files import replace_file
 from trainers.findings import summary
 from trainers.json_text import to_json
 from trainers.results import load_run

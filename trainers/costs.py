@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainers.checkpoint import replace_file
 from trainers.errors import InputError
+from trainers.files import replace_file
 
 if TYPE_CHECKING:
     from trainers.config import Config

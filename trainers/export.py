@@ -16,9 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from trainers.checkpoint import replace_file
 from trainers.errors import InputError
 from trainers.evaluate import count_macs, count_parameters
+from trainers.files import replace_file
 from trainers.json_text import from_json
 from trainers.live_bytes import LiveBytes
 from trainers.pretrained import note

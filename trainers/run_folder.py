@@ -15,11 +15,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import IO, Any
 
-from trainers.checkpoint import Checkpoints, SaveFailed, replace_file
+from trainers.checkpoint import Checkpoints, SaveFailed
 from trainers.config import Config
 from trainers.config_file import dump_config
 from trainers.errors import InputError
 from trainers.events import Events
+from trainers.files import replace_file
 from trainers.json_text import from_json, to_json
 from trainers.signals import Interrupted
 

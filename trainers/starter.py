@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from trainers.checkpoint import replace_file
 from trainers.config import Config
 from trainers.errors import InputError
+from trainers.files import replace_file
 from trainers.methods import METHODS, Run
 from trainers.tasks import TASKS
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
 import kdops
-from trainers.checkpoint import replace_file
 from trainers.config import Data
 from trainers.data.sets import TrainSet, open_train_set
 from trainers.errors import InputError
 from trainers.features.codec import CODES, LATENT, WIDTHS, Block, Codec
+from trainers.files import replace_file
 from trainers.progress import TrainingProgress
 from trainers.randomness import seed_everything
 

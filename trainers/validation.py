@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from trainers import architectures, networks
 from trainers.architectures import Network
-from trainers.checkpoint import replace_file
 from trainers.config import Config
 from trainers.data.images import write_png
 from trainers.data.sets import ValPair, open_val_set, val_problems
 from trainers.errors import InputError
 from trainers.evaluate import baseline, count_macs, count_parameters, evaluate
+from trainers.files import replace_file
 from trainers.json_text import to_json
 from trainers.memory import memory_given_back
 from trainers.metrics import PROTOCOLS

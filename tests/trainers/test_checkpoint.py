@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainers import checkpoint
 from trainers.checkpoint import Checkpoints, SaveFailed, read_checkpoint
 from trainers.errors import InputError
 
@@ -152,16 +151,3 @@ def test_temporary_files_stay_in_the_run_folder(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
     save(Checkpoints(tmp_path / "checkpoints", keep=2), 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
-
-
-def test_a_replaced_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    checkpoint.replace_file(path, b"old")
-
-    def full(source: Path, target: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
-        checkpoint.replace_file(path, b"new")
-    assert path.read_bytes() == b"old"

@@ -13,8 +13,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from trainers.checkpoint import replace_file
 from trainers.errors import InputError
+from trainers.files import replace_file
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 PEAKS = {torch.uint8: 255, torch.uint16: 65535}  # largest pixel values
