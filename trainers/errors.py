@@ -32,7 +32,10 @@ class InputError(Exception):
 
 
 class ImageLost(InputError):
-    """An image became unreadable during training. On several devices one process finds it, and says so itself."""
+    """An image cannot be read or measured any more. On several devices one process finds it, and says so itself."""
+
+    def __init__(self, cause: InputError) -> None:
+        super().__init__([*cause.problems, "put that right to go on"])
 
 
 class Diverged(Exception):

@@ -211,7 +211,7 @@ class Loop:
                 with closing(made):
                     yield from ((lq, gt) for _, lq, gt in made)
             except InputError as error:
-                raise ImageLost([*error.problems, "put that right to go on"]) from None
+                raise ImageLost(error) from None
 
     def _log(self, progress: TrainingProgress) -> None:
         window, step = self.window, self.position.step
@@ -247,7 +247,7 @@ class Loop:
             try:
                 found = self.validation(any_size(self.config.student, result, self.config.val.tile))
             except InputError as error:
-                raise ImageLost([*error.problems, "put that right to go on"]) from None
+                raise ImageLost(error) from None
             for measured in found:
                 if measured["set"] not in self.validated:
                     self._write(
