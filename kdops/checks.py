@@ -72,7 +72,7 @@ def for_attention(*given: Tensor) -> tuple[Tensor, ...]:
 def choice(op: str, name: str, value: object, allowed: Sequence[Choice]) -> Choice:
     """The one of `allowed` that equals `value` (1 for 1.0); ValueError if none does."""
     for candidate in allowed:
-        if isinstance(value, (int, float, str, numbers.Real)) and value == candidate:
+        if isinstance(value, (str, numbers.Real)) and value == candidate:
             return candidate
     raise ValueError(f"{op}: {name} is {value!r}, but it must be one of {', '.join(map(repr, allowed))}.")
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -132,58 +129,6 @@ def test_modules_are_found_and_show_their_options() -> None:
     assert repr(kdops.nn.PairwiseDistance(p=2)) == "PairwiseDistance(p=2, statistic='mean', backend='auto')"
 
 
-# --- options -----------------------------------------------------------------------------------------------------------------------
-
-MAPS = torch.ones(1, 4, 3, 3)
-SCALARS = {
-    "pairwise_distance": {},
-    "matched_distance": {},
-    "contrastive_ratio": {"eps": 0.5},
-    "spatial_attention": {"scale": 0.5},
-    "channel_attention": {"scale": 0.5},
-    "channel_attention_distance": {"scale": 0.5},
-    "affinity_distance": {"eps": 0.5},
-    "gaussian_distance": {"sigma": 0.5},
-    "codebook_cross_entropy": {"temperature": 0.5},
-    "mscn": {"sigma": 0.5, "c": 0.5},
-    "brisque_features": {},
-    "piqe": {},
-}
-WHOLE = {"pairwise_distance": "p", "affinity_distance": "p", "channel_attention": "heads", "mscn": "window"}
-
-
-def arguments(name: str) -> list[Tensor]:
-    count = sum(p.kind is not p.KEYWORD_ONLY for p in inspect.signature(SPECS[name].function).parameters.values())
-    given = [MAPS] * count
-    return given if name != "codebook_cross_entropy" else [MAPS, MAPS, torch.ones(2, 4)]
-
-
-@pytest.mark.parametrize(
-    ("name", "option"), [(name, option) for name, options in SCALARS.items() for option in options]
-)
-def test_a_number_is_no_tensor(name: str, option: str) -> None:
-    """A learned one would get no gradient, without a word; numbers of numpy are numbers."""
-    call, value = partial(SPECS[name].function, *arguments(name)), SCALARS[name][option]
-    for wrong, why in ((torch.nn.Parameter(torch.tensor(value)), "is a tensor"), ("a", "must be a number")):
-        with pytest.raises((TypeError, ValueError), match=why):
-            call(**{option: wrong})
-    torch.testing.assert_close(call(**{option: np.float32(value)}), call(**{option: value}))
-
-
-def test_every_number_was_tried() -> None:
-    for name, spec in SPECS.items():
-        floats = {k for k, p in inspect.signature(spec.function).parameters.items() if "float" in str(p.annotation)}
-        assert floats == set(SCALARS[name])
-
-
-@pytest.mark.parametrize(("name", "option"), WHOLE.items())
-def test_a_whole_number_is_one(name: str, option: str) -> None:
-    call = partial(SPECS[name].function, *([MAPS.flatten(1)] * 2 if name == "pairwise_distance" else arguments(name)))
-    torch.testing.assert_close(call(**{option: np.int64(1)}), call(**{option: 1}))
-    with pytest.raises((TypeError, ValueError), match=f"{option} is 1.5, but it must be"):
-        call(**{option: 1.5})
-
-
 # --- transforms --------------------------------------------------------------------------------------------------------------------
 
 
@@ -235,28 +180,3 @@ def test_sizes_of_maps_stay_free_in_exported_programs(module: torch.nn.Module) -
     )
     given = [torch.randn(3, 4, 6, 5) for _ in range(count)]
     torch.testing.assert_close(program.module()(*given), module(*given))
-
-
-# --- threads -----------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_sums_over_many_positions_have_the_same_bits_for_any_number_of_threads(threads: None) -> None:
-    """More than torch sums on one thread, and float64 Grams, whose last bit MKL changes."""
-    generator = torch.Generator().manual_seed(0)
-    student, codes = torch.randn(40000, 8, generator=generator), torch.randn(64, 8, generator=generator)
-    anchors = torch.randn(70000, 2, generator=generator)
-    maps = [torch.randn(3, c, 2000, generator=generator).double() for c in (16, 64)]
-    found = set()
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        cross_entropy = kdops.codebook_cross_entropy(student, student.flip(0), codes)
-        ratio = kdops.contrastive_ratio(anchors, anchors.flip(0), anchors[:2])
-        found.add((cross_entropy.item(), ratio.item(), *kdops.affinity_distance(*maps, p=2).tolist()))
-    assert len(found) == 1

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.trainers.tiny import write_tiny
+from trainers.architectures import EDSRNetwork
 from trainers.cli import main
 from trainers.config_file import load_config
 from trainers.errors import InputError
@@ -49,8 +50,8 @@ def as_teacher(weights: Path, folder: Path) -> float:
     """The res_scale of a teacher of which a config gives the weights alone."""
     config = write_tiny(folder, "output")
     teacher = load_config(config, [f"teacher={{weights: {weights}}}"]).teacher
-    assert teacher is not None
-    return float(teacher.res_scale)  # type: ignore[union-attr]
+    assert isinstance(teacher, EDSRNetwork)
+    return teacher.res_scale
 
 
 def test_weights_of_a_run_are_those_of_the_network_that_was_trained(run: Path, tmp_path: Path) -> None:
