@@ -93,7 +93,7 @@ def test_info_names_every_backend() -> None:
 
 def test_import_is_light() -> None:
     """Nothing heavy comes with the package: triton, the trainer's libraries and torchvision are for those who call them."""
-    code = "import sys, kdops; print([m for m in ('triton', 'torchvision', 'lightning_fabric', 'pydantic', 'einops') if m in sys.modules])"
+    code = "import sys, kdops; print([m for m in ('triton', 'torchvision', 'lightning_fabric', 'pydantic', 'rich') if m in sys.modules])"
     plain = python("import sys, torch; print([m for m in ('triton', 'torchvision') if m in sys.modules])")
     assert python(code).stdout == plain.stdout == "[]\n"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ def check(path: Path, overrides: Sequence[str] = ()) -> tuple[list[str], list[st
             problems += [f"data.val {entry.name}: {text}" for text in found]
         problems += network_problems(config) + device_problems(config.train)
         problems += events_problems() if config.train.tensorboard else []
+        reading.notes += network_notes(config)
     return list(dict.fromkeys(problems)), reading.notes
 
 
@@ -45,7 +47,7 @@ def checked_config(path: Path, overrides: Sequence[str], say: Callable[[str], No
         InputError: with every problem.
     """
     reading = read_config(path, overrides)
-    for note in reading.notes:
+    for note in reading.notes + (network_notes(reading.config) if reading.config else []):
         say(f"note: {note}")
     problems = reading.problems + (network_problems(reading.config) if reading.config else [])
     if problems or reading.config is None:
@@ -53,13 +55,26 @@ def checked_config(path: Path, overrides: Sequence[str], say: Callable[[str], No
     return reading.config
 
 
+def roles(config: Config) -> dict[str, Network]:
+    """The networks of a config by their keys."""
+    found: dict[str, Network] = {"student": config.student}
+    return found if config.teacher is None else found | {"teacher": config.teacher}
+
+
+def network_notes(config: Config) -> list[str]:
+    """Options in which the config overrules what weights were trained with."""
+    notes = []
+    for role, network in roles(config).items():
+        with suppress(InputError):  # said by network_problems
+            said = networks.overruled(network)
+            notes += [f"{role}.weights: {said}"] if said else []
+    return notes
+
+
 def network_problems(config: Config) -> list[str]:
     """Weights that do not load, taps that name no module, whose sizes disagree, or of which the method can make nothing."""
-    roles: dict[str, Network] = {"student": config.student}
-    if config.teacher is not None:
-        roles["teacher"] = config.teacher
     problems, tapped = [], {}
-    for role, network in roles.items():
+    for role, network in roles(config).items():
         try:
             built = build_student(config) if role == "student" else networks.build_network(network, role)
         except InputError as error:

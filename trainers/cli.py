@@ -131,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
         "--data",
         action="append",
         metavar="NAME=PLACE",
-        help="ground truths: a folder, an image, or photos (default: photos); may be repeated",
+        help="ground truths: a folder, an image, or photos (default: the run's validation sets, or photos); may be repeated",
     )
     evaluate.add_argument("--lq", type=Path, help="folder of degraded inputs, or the image (default: made on the fly)")
     evaluate.add_argument("--lq-template", default="{}", help="name of an input, as in a config (default: {})")
@@ -144,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--brisque", type=Path, metavar="MODEL", help="also measure BRISQUE, by OpenCV's brisque_model_live.yml"
     )
-    _inference_arguments(evaluate)
+    _inference_arguments(evaluate, "the run's val.tile, or 0: whole")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
 
     restore = _command(commands, "restore", "restore pictures with a run, a checkpoint or weights", _restore)
@@ -153,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     source = restore.add_mutually_exclusive_group(required=True)
     source.add_argument("--weights", type=Path, help="checkpoint folder, .safetensors or .pth file")
     source.add_argument("--run", type=Path, dest="run_folder", help="run folder")
-    _inference_arguments(restore)
+    _inference_arguments(restore, "0: whole")
 
     compare = _command(
         commands, "compare", "put runs side by side in one report, and train those that are missing", _compare
@@ -228,9 +228,11 @@ def _config_arguments(command: argparse.ArgumentParser) -> None:
     _set_argument(command)
 
 
-def _inference_arguments(command: argparse.ArgumentParser) -> None:
+def _inference_arguments(command: argparse.ArgumentParser, whole: str) -> None:
     command.add_argument(
-        "--tile", type=int, help="restore tiles of so many pixels of the input, blended: less memory (default: whole)"
+        "--tile",
+        type=int,
+        help=f"restore tiles of so many pixels of the input, blended: less memory (default: {whole})",
     )
     command.add_argument(
         "--ensemble", action="store_true", help="average over the eight orientations: 8 times the work"
@@ -319,7 +321,7 @@ def _eval(options: argparse.Namespace) -> int:
     from trainers.measure import Wanted, measure, print_measured
 
     wanted = Wanted(
-        data=options.data or ["photos"],
+        data=options.data or [],
         lq=options.lq,
         lq_template=options.lq_template,
         task=options.task,
@@ -338,7 +340,7 @@ def _restore(options: argparse.Namespace) -> int:
     from trainers.restore import restore
 
     source = options.weights or options.run_folder
-    for written in restore(options.given, options.out, source, tile=options.tile, ensemble=options.ensemble):
+    for written in restore(options.given, options.out, source, tile=options.tile or None, ensemble=options.ensemble):
         print(written)
     return 0
 

@@ -32,7 +32,7 @@ class Wanted:
     """What `kdtrain eval` was asked for. None: as in the run, or as the task has it."""
 
     data: list[str]
-    """NAME=PLACE or PLACE of ground truths: a folder, an image or photos."""
+    """NAME=PLACE or PLACE of ground truths: a folder, an image or photos. None of them: the run's validation sets, or photos."""
     lq: Path | None = None
     """Folder of their inputs, or the one image; None makes them by the degradation."""
     lq_template: str = "{}"
@@ -40,11 +40,11 @@ class Wanted:
     task: str | None = None
     """Chooses degradation and protocol."""
     degradation: str | None = None
-    """As in a config, in YAML: {name: noise, sigma: 15}."""
+    """As in a config, in YAML: {name: noise, sigma: 15}. It makes the inputs of all sets but those of `lq`."""
     protocol: str | None = None
     """How to measure."""
     tile: int | None = None
-    """Side of a tile in pixels of the input; None restores images whole."""
+    """Side of a tile in pixels of the input; 0 restores images whole."""
     ensemble: bool = False
     """Average over the eight orientations."""
     piqe: bool = False
@@ -55,6 +55,8 @@ class Wanted:
 
 def measure(source: Path, wanted: Wanted) -> dict[str, Any]:
     """{"weights", "arch", "options", "task", "protocol", "baseline", "sets": {name: {<baseline>: ..., "network": ...}}}.
+
+    A run is measured as its training measures it, unless something else was asked for.
 
     Args:
         source: a run folder (its last checkpoint), a checkpoint folder, or a file of weights.
@@ -67,16 +69,19 @@ def measure(source: Path, wanted: Wanted) -> dict[str, Any]:
     protocol = chosen_protocol(opened, wanted, task)
     data = Data(degradation=chosen_degradation(opened, wanted, task), grey=opened.grey)
     extra = NoReference(wanted.piqe, None if wanted.brisque is None else read_brisque(wanted.brisque))
-    restorer = opened.restorer(tile=wanted.tile, ensemble=wanted.ensemble)
+    tile = chosen_tile(opened, wanted)
+    restorer = opened.restorer(tile=tile, ensemble=wanted.ensemble)
     worse_name, worse = baseline(opened.network.scale)
-    sets = {}
-    for name, chosen in chosen_sets(wanted).items():
-        if chosen.lq is None and data.degradation is None:
+    sets, degradations = {}, {}
+    for name, chosen in chosen_sets(opened, wanted, task).items():
+        degradation = None if chosen.lq else chosen.degradation or data.degradation
+        if chosen.lq is None and degradation is None:
             raise InputError(f"--data {name}: task {task.name} makes no inputs by itself: give --lq or --degradation")
         problems = val_problems(chosen, opened.network.scale, protocol, headers_only=True)
         if problems:
             raise InputError(problems)
         pairs = open_val_set(chosen, opened.network.scale, data)
+        degradations[name] = degradation and degradation.model_dump(mode="json")
         sets[name] = {
             who: evaluate(one, pairs, protocol, opened.network.scale, opened.device, extra)
             for who, one in ((worse_name, worse), ("network", restorer))
@@ -86,8 +91,8 @@ def measure(source: Path, wanted: Wanted) -> dict[str, Any]:
         "arch": opened.entry.name,
         "options": opened.options.model_dump(mode="json"),
         "task": task.name,
-        "degradation": data.degradation and data.degradation.model_dump(mode="json"),
-        "tile": wanted.tile,
+        "degradations": degradations,
+        "tile": tile,
         "ensemble": wanted.ensemble,
         "protocol": protocol.name,
         "protocol_text": protocol.describe(),
@@ -139,9 +144,25 @@ def chosen_degradation(opened: Source, wanted: Wanted, task: Task) -> AnyDegrada
     return degradation
 
 
-def chosen_sets(wanted: Wanted) -> dict[str, ValSet]:
-    """The sets by name: the NAME of NAME=PLACE, else the end of the place's path, as long as tells it from the other places."""
-    given = [text.partition("=") for text in wanted.data]
+def chosen_tile(opened: Source, wanted: Wanted) -> int | None:
+    own = opened.config.val.tile if opened.config else None
+    return own if wanted.tile is None else wanted.tile or None
+
+
+def chosen_sets(opened: Source, wanted: Wanted, task: Task) -> dict[str, ValSet]:
+    """The sets by name: what was asked for, those of the run, or the photographs."""
+    if wanted.data or opened.config is None:
+        return given_sets(wanted)
+    if wanted.lq is not None:
+        raise InputError(f"--lq {wanted.lq}: give the ground truths too, with --data")
+    anew = wanted.degradation is not None or opened.config.task != task.name
+    made: dict[str, None] = {"lq": None, "degradation": None} if anew else {}
+    return {entry.name: entry.model_copy(update=made) for entry in opened.config.data.val}
+
+
+def given_sets(wanted: Wanted) -> dict[str, ValSet]:
+    """Called the NAME of NAME=PLACE, else the end of the place's path, as long as tells it from the other places."""
+    given = [text.partition("=") for text in wanted.data or [PHOTOS]]
     places = [place if equals else text for text, equals, place in given]
     absent = [place for place in places if place != PHOTOS and not Path(place).exists()]
     if absent:

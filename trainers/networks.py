@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from trainers import architectures
 from trainers.architectures import Network
 from trainers.errors import InputError
+from trainers.fields import TEACHER
 from trainers.inference import Tiled
 from trainers.models import ModelEntry
 from trainers.pretrained import nearest, noted, read_weights, recognise
@@ -64,14 +65,31 @@ def misfit(
         found = known[1] if known and known[0] is entry else entry.options_from_state_dict(state_dict)
     except ValueError as error:
         return f"does not fit {network.arch}: {error}; {_whose(state_dict)}"
-    wanted = architectures.options(network)
-    differing = [name for name in type(wanted).model_fields if getattr(found, name) != getattr(wanted, name)]
-    if differing:
-        given = ", ".join(f"{name} {getattr(found, name)}" for name in differing)
-        needed = ", ".join(f"{name} {getattr(wanted, name)}" for name in differing)
+    given, needed = disagreement(found, architectures.options(network))
+    if given:
         return f"has {given}, but the config says {needed}: change one of them"
     names = set(state_dict) ^ set(built.state_dict())
     return f"does not fit {network.arch}: keys that only one of them has: {', '.join(sorted(names)[:5])}"
+
+
+def disagreement(found: Any, wanted: Any) -> tuple[str, str]:
+    """The options that two sets of options do not agree about, as each has them; empty where they agree."""
+    differing = [name for name in type(wanted).model_fields if getattr(found, name) != getattr(wanted, name)]
+    given, needed = (", ".join(f"{name} {getattr(each, name)}" for name in differing) for each in (found, wanted))
+    return given, needed
+
+
+def overruled(network: Network) -> str:
+    """What the weights were trained with and a config says otherwise, though they load; empty where they agree or do not tell.
+
+    Raises:
+        InputError: weights that cannot be read.
+    """
+    known = None if network.weights in (None, TEACHER) else noted(network.weights)
+    if known is None or known[0] is not architectures.entry(network):
+        return ""
+    given, needed = disagreement(known[1], architectures.options(network))
+    return given and f"{network.weights} was trained with {given}; taken is {needed}, as the config says"
 
 
 def _whose(state_dict: Mapping[str, Tensor]) -> str:

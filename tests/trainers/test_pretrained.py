@@ -85,6 +85,20 @@ def test_what_does_not_fit_is_compared_with_what_the_file_says(run: Path, tmp_pa
         build_network(teacher, "teacher")
 
 
+def test_a_config_that_overrules_what_weights_were_trained_with_is_noted(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, weights = write_tiny(tmp_path, "output"), checkpoint(run)
+    teacher = f"teacher={{arch: edsr, features: 4, blocks: 3, res_scale: 0.3, weights: {weights}}}"
+    assert main(["check", str(config), "--set", teacher]) == 0
+    assert (
+        f"note: teacher.weights: {weights} was trained with res_scale 0.1; taken is res_scale 0.3, as the config says"
+        in capsys.readouterr().out
+    )
+    assert main(["check", str(config), "--set", teacher.replace("0.3", "0.1")]) == 0
+    assert "note" not in capsys.readouterr().out
+
+
 def test_a_pointer_to_a_checkpoint_says_what_to_give(run: Path) -> None:
     for pointer in ("best", "last"):
         with pytest.raises(InputError, match=f"names a checkpoint: give {checkpoint(run)}"):

@@ -117,6 +117,28 @@ def test_eval_of_a_denoising_run_is_that_of_its_result(tmp_path: Path, capsys: p
     assert quieter["sets"]["val"]["input"]["psnr"] > found["sets"]["val"]["input"]["psnr"] + 10
 
 
+def test_eval_of_a_run_is_its_own_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its sets, with the degradations of their own, in its tiles; what is asked for comes before that."""
+    noise, place = "{name: noise, sigma: 40}", write_images(tmp_path / "large", 1, (72, 80))
+    sets = f"[{{name: loud, gt: {place}}}, {{name: soft, gt: {place}, degradation: {{name: noise, sigma: 5}}}}]"
+    overrides = ["task=denoise", f"data.degradation={noise}", f"data.val={sets}", "val.tile=64"]
+    config = write_tiny(tmp_path)
+    assert main(["train", str(config), *(part for text in overrides for part in ("--set", text))]) == 0
+    run = tmp_path / "runs" / "scratch"
+    result = json.loads((run / "result.json").read_text())
+    found = evaluated(capsys, run)
+    assert found["tile"] == 64
+    assert {name: made["sigma"] for name, made in found["degradations"].items()} == {"loud": 40, "soft": 5}
+    for name in ("loud", "soft"):
+        measured, expected = found["sets"][name]["network"], result["sets"][name]["student"]
+        assert measured["per_image"]["image0"] == pytest.approx(expected["per_image"]["image0"])
+    asked = evaluated(capsys, run, "--degradation", noise, "--tile", "0")
+    assert asked["tile"] is None
+    assert asked["sets"]["soft"]["input"] == asked["sets"]["loud"]["input"] == found["sets"]["loud"]["input"]
+    assert main(["eval", str(run), "--lq", str(tmp_path)]) == 2
+    assert "give the ground truths too, with --data" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("task", ["denoise", "derain", "deblur", "dehaze"])
 def test_eval_of_single_images_for_all_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str) -> None:
     source = weights(tmp_path, scale=1)
