@@ -29,17 +29,12 @@ chrt -f 10 python -m benchmarks.plans
 
 from `benchmarks/plans.yaml`: a Restormer of 8 channels learns denoising from one of 16 (`releases/restormer-denoise25.safetensors`), with
 all its taps, two of which have full resolution; `dukd`, which needs super-resolution, has the demo's EDSR. The machine has 2 cores of an
-AMD EPYC with AVX2, torch 2.13; 26 November 2026. The limits are 4 GiB and 60 s a step.
+AMD EPYC with AVX-512, torch 2.13; 27 November 2026, 14 minutes in all. The limits are 4 GiB and 60 s a step.
 
 *Measured*: the step was run, in a process of its own. MiB are the most that this process held, torch itself included, and ms those of
 a step; above 3 s it was run once, and a first run is slower. *Simulated*: beyond the limits, counted on fake tensors, with what two small
 measured steps tell of the process and of the time that each part takes for its work. Methods without an op of ours do the same
-on both backends and were run once. The cases were run while the planner was being made and simulated again at its end: `facd` at 512 was
-not run for an earlier prediction of 4.5 GiB.
-
-All of it is from before two changes of 27 November: training [keeps memory](trainer.md#memory-on-a-cpu), which makes steps with large
-maps up to 1.7 times faster and processes up to a tenth larger, and times are taken without Python's garbage collection, whose 0.2 to
-0.3 s stand in the tables below with one loss term or another (`dukd`'s pixel term, `facd`'s contrast at patch 128).
+on both backends and were run once.
 
 ## Full resolution in 4 GiB
 
@@ -49,20 +44,18 @@ With SKD at patch 256, 65,536 positions attend to 65,536 others, at two taps. Th
 kdtrain train benchmarks/plans.yaml --set train.steps=2 --set data.batch=1 --set data.patch=256 --set train.log_every=1
 ```
 
-took 31.5 s (the second; the first also measures the gradients' shares, in 60.9 s) and 1.27 GiB at its end. Validation, which restores
-whole photographs, then took the process to 1.71 GiB; the last line of `kdtrain plan` is about it, and `val.tile` makes it smaller.
+took 16.4 s (the second; the first also measures the gradients' shares, in 34.6 s), and the process held at most 1.27 GiB until its
+last validation, which restores whole photographs, and 1.42 GiB at its end; the last line of `kdtrain plan` is about that, and
+`val.tile` makes it smaller.
 On the reference `kdtrain plan` refuses the step with its number, in the tables below. A slow test in `tests/trainers/test_plan.py`
 holds the planned step below 4 GiB, its prediction within 10 %, and the refusal.
 """
 PREDICTED = """
 ## How right the predictions are
 
-Memory and time of measured steps as they are predicted without running them, for the cases whose prediction was repeated after the
-planner's last change (a case without such a row has not been); steps from which the predictions were learned are left
-out. Memory is within 10 %. How a process's overhead is predicted was chosen after seeing `output`, `csd`, `dckd` and `slkd` at 512 and the
-EDSR at 256; `scratch` and `fitnet` at 512 were measured after that. Two runs of one step differed by 9 % (`facd` at 256).
-Times are much further off, those of networks at patch 512 above all: maps above 32 MiB are taken from the
-system again for each operator, which smaller steps do not show.
+Memory and time of measured steps as they are predicted without running them; steps from which the predictions were learned are left
+out. The planner was not changed after these were seen. Memory is within 10.1 %. Times are further off, and those of steps of more than
+3 s most: they were run once, and a first run takes fresh memory from the system, which small steps do not show.
 """
 PARTS = """
 ## By network and loss term
@@ -85,7 +78,7 @@ EDSR = [
 ]
 NAFNET = [
     "teacher={arch: nafnet, weights: ../releases/nafnet-derain.safetensors}",
-    "student={arch: nafnet, width: 8, encoder_blocks: [1, 1, 1, 2], middle_blocks: 1, decoder_blocks: [1, 1, 1, 1]}",
+    "student={arch: nafnet, width: 8, encoder_blocks: [1, 1, 1], middle_blocks: 1, decoder_blocks: [1, 1, 1]}",
 ]
 CASES = {name: [f"method={{name: {name}}}"] for name in METHODS}
 CASES["dukd"] += EDSR  # zooms in on an image, which super-resolution alone allows

@@ -14,6 +14,7 @@ namespace kdops::attention {
 
 constexpr int64_t kBlockPanels = 16;  // row panels of a block: 96 rows
 constexpr int64_t kLongestTile = 16;  // column panels: 6 rows of a tile fit the L1 cache twice
+constexpr int64_t kFewestTasks = 16;  // for the whole batch, so that threads end at about the same time
 
 struct Sizes {
   int64_t batches, rows, columns, channels, value_channels;
@@ -48,6 +49,11 @@ int64_t tile_panels(int64_t bytes, int64_t numbers, int64_t column_panels) {
   const int64_t fits = bytes / static_cast<int64_t>(sizeof(T)) / numbers / kColumns;
   const int64_t most = std::clamp<int64_t>(fits, 2, kLongestTile);
   return panels(column_panels, panels(column_panels, most));  // tiles of about equal size
+}
+
+// Panels of a task: `most`, or fewer where that would make few tasks of a batch's `count` panels.
+inline int64_t task_panels(int64_t most, int64_t batches, int64_t count) {
+  return std::clamp<int64_t>(batches * count / kFewestTasks, 1, most);
 }
 
 // What is known of softmaxes: a weight is e^((logit - highest) - log_sum). In one number, the sum of the two, the

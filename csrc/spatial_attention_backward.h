@@ -291,7 +291,8 @@ void gradients(const Sizes& sizes, const Given& given, const Accumulator<scalar_
   const PackedOperands<scalar_t, OverRows> packed(sizes, given, statistics, logits, scale, need_query, need_key);
 
   const int64_t numbers = 3 * sizes.channels + 2 * sizes.value_channels;  // packed and summed, of each column
-  const int64_t tile = tile_panels<T>(kBackwardTile, numbers, sizes.column_panels());
+  const int64_t most = tile_panels<T>(kBackwardTile, numbers, sizes.column_panels());
+  const int64_t tile = task_panels(most, sizes.batches, sizes.column_panels());
   const int64_t tiles = panels(sizes.column_panels(), tile);
   // A gradient of the query for every group, so there are few; without it every tile is a task of its own.
   const int64_t most_groups =

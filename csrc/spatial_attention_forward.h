@@ -142,13 +142,14 @@ void attend_all(const Sizes& sizes, const Accumulator<scalar_t>* rows, const Acc
                 const Accumulator<scalar_t>* values, const Accumulator<scalar_t>* column_statistics,
                 Accumulator<scalar_t>* kept, scalar_t* out, Accumulator<scalar_t>* statistics_out) {
   using T = Accumulator<scalar_t>;
-  const int64_t blocks = panels(sizes.row_panels(), kBlockPanels), block_rows = kBlockPanels * kRows;
+  const int64_t block = task_panels(kBlockPanels, sizes.batches, sizes.row_panels()), block_rows = block * kRows;
+  const int64_t blocks = panels(sizes.row_panels(), block);
   const int64_t pitch = padded(sizes.value_channels, kColumns), columns_padded = sizes.column_panels() * kColumns;
   const int64_t tile = tile_panels<T>(kForwardTile, sizes.channels + sizes.value_channels, sizes.column_panels());
   const int64_t weights_size = tile * kRows * kColumns;
   for_each_task<T>(sizes.batches * blocks, weights_size + block_rows * (pitch + 2), [&](int64_t task, T* weights) {
-    const int64_t batch = task / blocks, panel = task % blocks * kBlockPanels, first = panel * kRows;
-    const int64_t count = std::min(kBlockPanels, sizes.row_panels() - panel);
+    const int64_t batch = task / blocks, panel = task % blocks * block, first = panel * kRows;
+    const int64_t count = std::min(block, sizes.row_panels() - panel);
     const int64_t here = std::min(block_rows, sizes.rows - first);
     T* const weighted = weights + weights_size;
     const RowState<T> state{weighted, weighted + block_rows * pitch, weighted + block_rows * (pitch + 1)};

@@ -73,15 +73,17 @@ Buffer<T> allocate(int64_t count) {
 }
 
 // body(task, scratch) for every task; `scratch` points to scratch_size numbers of type T that no other running task
-// uses. All memory is taken here, because nothing may throw inside parallel_for.
+// uses, aligned to a cache line. All memory is taken here, because nothing may throw inside parallel_for.
 template <typename T, typename Body>
 void for_each_task(int64_t tasks, int64_t scratch_size, const Body& body) {
   const int64_t slots = std::min<int64_t>(tasks, torch::stable::get_num_threads());
-  const Buffer<T> scratch = allocate<T>(slots * scratch_size);
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t pitch = (scratch_size + kLine - 1) / kLine * kLine;
+  const Buffer<T> scratch = allocate<T>(slots * pitch);
   torch::stable::parallel_for(0, slots, 1, [&](int64_t begin, int64_t end) {
     for (int64_t slot = begin; slot < end; ++slot) {
       for (int64_t task = slot * tasks / slots; task < (slot + 1) * tasks / slots; ++task) {
-        body(task, scratch.get() + slot * scratch_size);
+        body(task, scratch.get() + slot * pitch);
       }
     }
   });
