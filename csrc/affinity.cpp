@@ -5,6 +5,8 @@
 // both of its strips, so tiles run in rounds of pairs that share no strip, as in a tournament. Neither depends on the number of threads.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <functional>
 #include <tuple>
 #include <vector>
 
@@ -104,9 +106,16 @@ struct Tile {
   }
 };
 
-// The sum of |D|^P over a tile.
+// d to the slope of |d|^P: the sign for P = 1 (0 at a tie and, as in torch, at NaN), d, half of it, for P = 2.
 template <typename T, int P>
-KDOPS_CLONED double tile_distance(const Tile<T>& tile) {
+KDOPS_INLINE void to_slope(Vector<T>& d) {
+  const Vector<T> zero = {}, one = zero + 1;
+  if constexpr (P == 1) d = d > 0 ? one : d < 0 ? -one : zero;
+}
+
+// The sum of |D|^P over a tile; with Keep its slopes too, with `pitch` from row to row.
+template <typename T, int P, bool Keep>
+KDOPS_CLONED double tile_distance(const Tile<T>& tile, T* slopes, int64_t pitch) {
   double sum = 0;
   for (int64_t column = 0; column < tile.column_panels; ++column) {
     Vector<T> lanes = {};
@@ -114,8 +123,10 @@ KDOPS_CLONED double tile_distance(const Tile<T>& tile) {
       const Block<T> block = tile.difference(row, column);
       for (int64_t i = 0; i < kRows; ++i) {
         for (int64_t v = 0; v < kVectors<T>; ++v) {
-          const Vector<T> d = block.at[i][v];
+          Vector<T> d = block.at[i][v];
           lanes += P == 2 ? d * d : d > 0 ? d : -d;
+          to_slope<T, P>(d);
+          if constexpr (Keep) vector(slopes + (row * kRows + i) * pitch + column * kColumns + v * kLanes<T>) = d;
         }
       }
     }
@@ -124,15 +135,14 @@ KDOPS_CLONED double tile_distance(const Tile<T>& tile) {
   return sum;
 }
 
-// The slope of |D|^P over a tile, rows kSide apart: the sign for P = 1 (0 at a tie and, as in torch, at NaN), D, half of it, for P = 2.
+// The slopes of a tile, rows kSide apart.
 template <typename T, int P>
 KDOPS_CLONED void tile_slopes(const Tile<T>& tile, T* slopes) {
-  const Vector<T> zero = {}, one = zero + 1;
   for (int64_t column = 0; column < tile.column_panels; ++column) {
     for (int64_t row = 0; row < tile.row_panels; ++row) {
       Block<T> block = tile.difference(row, column);
       for (int64_t i = 0; P == 1 && i < kRows; ++i) {
-        for (Vector<T>& d : block.at[i]) d = d > 0 ? one : d < 0 ? -one : zero;
+        for (Vector<T>& d : block.at[i]) to_slope<T, P>(d);
       }
       store(block, slopes + row * kRows * kSide + column * kColumns, kSide);
     }
@@ -174,17 +184,35 @@ KDOPS_CLONED void add_products(const T* slopes, const Side<T>& side, int64_t row
 
 // --- the whole problem -----------------------------------------------------------------------------------------------------------
 
+// The slopes of all tiles, (positions padded to whole panels)^2 of every sample, 0 below the diagonal.
 template <typename T>
-void distances(const Map& student_map, const Map& teacher_map, int64_t p, double* result) {
+struct Slopes {
+  T* kept;  // null: none are
+  int64_t pitch, side;
+
+  Slopes(T* kept, const Strips& strips) : kept(kept), pitch(padded(strips.positions, kStep)), side(strips.side) {}
+
+  T* of(int64_t batch, Pair pair) const {
+    return kept ? kept + (batch * pitch + pair.rows * side) * pitch + pair.columns * side : nullptr;
+  }
+};
+
+template <typename T>
+void distances(const Map& student_map, const Map& teacher_map, int64_t p, double* result, T* kept) {
   const Packed<T> student(student_map), teacher(teacher_map);
   const Strips strips(student_map.positions);
+  const Slopes<T> slopes(kept, strips);
   std::vector<Pair> pairs;
   for (const auto& round : tournament(strips.count)) pairs.insert(pairs.end(), round.begin(), round.end());
-  const auto kernel = p == 1 ? tile_distance<T, 1> : tile_distance<T, 2>;
+  const auto kernel = kept ? p == 1 ? tile_distance<T, 1, true> : tile_distance<T, 2, true>
+                      : p == 1 ? tile_distance<T, 1, false>
+                               : tile_distance<T, 2, false>;
   const int64_t batches = student_map.batches, count = pairs.size();
   const Buffer<double> sums = allocate<double>(batches * count);
   for_each_task<T>(batches * count, 0, [&](int64_t task, T*) {
-    sums[task] = kernel(Tile<T>(student, teacher, strips, task / count, pairs[task % count]));
+    const int64_t batch = task / count;
+    const Pair pair = pairs[task % count];
+    sums[task] = kernel(Tile<T>(student, teacher, strips, batch, pair), slopes.of(batch, pair), slopes.pitch);
   });
   for (int64_t batch = 0; batch < batches; ++batch) {
     result[batch] = 0;
@@ -204,21 +232,39 @@ struct Wanted {
 };
 
 template <typename T>
-void gradients(const Map& student_map, const Map& teacher_map, int64_t p, const Strips& strips, const std::vector<Wanted<T>>& wanted) {
-  const Packed<T> student(student_map), teacher(teacher_map);
-  const auto kernel = p == 1 ? tile_slopes<T, 1> : tile_slopes<T, 2>;
+using MakeSlopes = std::function<void(int64_t batch, Pair pair, T* slopes)>;  // of a tile, rows kSide apart
+
+template <typename T>
+void gradients(int64_t batches, const Strips& strips, const std::vector<Wanted<T>>& wanted, const MakeSlopes<T>& make) {
   for (const auto& pairs : tournament(strips.count)) {
     const int64_t count = pairs.size();
-    for_each_task<T>(student_map.batches * count, kSide * kSide, [&](int64_t task, T* slopes) {
+    for_each_task<T>(batches * count, kSide * kSide, [&](int64_t task, T* slopes) {
       const int64_t batch = task / count;
       const Pair pair = pairs[task % count];
-      kernel(Tile<T>(student, teacher, strips, batch, pair), slopes);
+      make(batch, pair, slopes);
       for (const Wanted<T>& each : wanted) {
         add_products(slopes, each.side(batch), pair.rows * strips.side, strips.size(pair.rows), pair.columns * strips.side,
                      strips.size(pair.columns));
       }
     });
   }
+}
+
+// Made again.
+template <typename T>
+MakeSlopes<T> slopes_of(const Packed<T>& student, const Packed<T>& teacher, const Strips& strips, int64_t p) {
+  const auto kernel = p == 1 ? tile_slopes<T, 1> : tile_slopes<T, 2>;
+  return [&, kernel](int64_t batch, Pair pair, T* slopes) { kernel(Tile<T>(student, teacher, strips, batch, pair), slopes); };
+}
+
+// As forward has kept them.
+template <typename T>
+MakeSlopes<T> kept_slopes(const Slopes<const T>& kept, const Strips& strips) {
+  return [&](int64_t batch, Pair pair, T* slopes) {
+    const T* from = kept.of(batch, pair);
+    const int64_t rows = padded(strips.size(pair.rows), kRows), columns = padded(strips.size(pair.columns), kColumns);
+    for (int64_t row = 0; row < rows; ++row) std::copy_n(from + row * kept.pitch, columns, slopes + row * kSide);
+  };
 }
 
 void check(const Tensor& student, const Tensor& teacher, int64_t p) {
@@ -230,21 +276,23 @@ void check(const Tensor& student, const Tensor& teacher, int64_t p) {
                   "kdops: affinities are taken of float32 or float64 columns, but not of ", toString(student.scalar_type()), ".");
 }
 
-// Normalised columns (B, C, N) -> (B,) float64.
-Tensor affinity_tiles(const Tensor& student, const Tensor& teacher, int64_t p) {
+// Normalised columns (B, C, N) -> (B,) float64, slopes (B, N padded, N padded) or (0,).
+std::tuple<Tensor, Tensor> affinity_tiles(const Tensor& student, const Tensor& teacher, int64_t p, bool keep_slopes) {
   check(student, teacher, p);
-  Tensor result = torch::stable::new_empty(student, {student.size(0)}, ScalarType::Double);
-  if (student.scalar_type() == ScalarType::Float) {
-    distances<float>(Map(student), Map(teacher), p, data<double>(result));
-  } else {
-    distances<double>(Map(student), Map(teacher), p, data<double>(result));
-  }
-  return result;
+  const int64_t batches = student.size(0), pitch = padded(student.size(2), kStep);
+  Tensor result = torch::stable::new_empty(student, {batches}, ScalarType::Double);
+  Tensor slopes = keep_slopes ? torch::stable::new_zeros(student, {batches, pitch, pitch}) : torch::stable::new_empty(student, {0});
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    distances<T>(Map(student), Map(teacher), p, data<double>(result), keep_slopes ? data<T>(slopes) : nullptr);
+  };
+  student.scalar_type() == ScalarType::Float ? run(float{}) : run(double{});
+  return {result, slopes};
 }
 
 // -> sums over the columns j of slope(D_ij) times column j, (B, N padded, C padded) or (0,): the gradients but for a factor.
-std::tuple<Tensor, Tensor> affinity_tiles_backward(const Tensor& student, const Tensor& teacher, int64_t p, bool need_student,
-                                                   bool need_teacher) {
+std::tuple<Tensor, Tensor> affinity_tiles_backward(const Tensor& student, const Tensor& teacher, const Tensor& slopes, int64_t p,
+                                                   bool need_student, bool need_teacher) {
   check(student, teacher, p);
   const Strips strips(student.size(2));
   const auto run = [&](auto zero) -> std::tuple<Tensor, Tensor> {
@@ -258,7 +306,13 @@ std::tuple<Tensor, Tensor> affinity_tiles_backward(const Tensor& student, const 
       return sums;
     };
     const Tensor of_student = want(student, need_student), of_teacher = want(teacher, need_teacher);
-    gradients<T>(Map(student), Map(teacher), p, strips, wanted);
+    if (slopes.numel() > 0) {
+      const Slopes<const T> kept(const_data<T>(slopes), strips);
+      gradients<T>(student.size(0), strips, wanted, kept_slopes<T>(kept, strips));
+    } else {
+      const Packed<T> packed_student{Map(student)}, packed_teacher{Map(teacher)};
+      gradients<T>(student.size(0), strips, wanted, slopes_of<T>(packed_student, packed_teacher, strips, p));
+    }
     return {of_student, of_teacher};
   };
   return student.scalar_type() == ScalarType::Float ? run(float{}) : run(double{});

@@ -237,12 +237,12 @@ void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows row
 }
 
 // Whether gradients of L1 distances are taken on tensor cores: for KDOPS_TENSOR_SIGNS=1 alone, until a GPU has run it.
-bool on_tensor_cores(const Side<BFloat16>& x, const Side<BFloat16>& y, const Tensor& weight, const Problem& problem) {
+bool on_tensor_cores(const Side<BFloat16>& x, const Side<BFloat16>& y, const Problem& problem) {
   constexpr int64_t kFewRows = 4;  // of which a tile would be empty for the most part
   constexpr int vector = 8;
   const char* asked = std::getenv("KDOPS_TENSOR_SIGNS");
-  bool fits = asked != nullptr && *asked == '1' && generation(weight) >= 9 && problem.features % kSignRows == 0 &&
-              std::min(problem.rows_x, problem.rows_y) > kFewRows;
+  bool fits = asked != nullptr && *asked == '1' && architecture(sign_gradients<true, true>) >= 90 &&
+              problem.features % kSignRows == 0 && std::min(problem.rows_x, problem.rows_y) > kFewRows;
   for (const auto& side : {x, y}) {
     fits = fits && aligned<vector>(side.values, side.rows, problem) && aligned<vector>(side.gradient, side.gradient_rows, problem);
   }
@@ -253,7 +253,7 @@ bool on_tensor_cores(const Side<BFloat16>& x, const Side<BFloat16>& y, const Ten
 template <typename scalar_t, int P>
 void launch_gradients(const Side<scalar_t>& x, const Side<scalar_t>& y, const Tensor& weight, const Problem& problem) {
   if constexpr (std::is_same_v<scalar_t, BFloat16> && P == 1) {
-    if (on_tensor_cores(x, y, weight, problem)) return launch_sign_gradients(x, y, weight, problem);
+    if (on_tensor_cores(x, y, problem)) return launch_sign_gradients(x, y, weight, problem);
   }
   constexpr int vector = 2;
   const Operand<scalar_t> of_x{x, problem.rows_x, problem.rows_y, 1}, of_y{y, problem.rows_y, 1, -1};

@@ -292,11 +292,12 @@ void gradients(const Sizes& sizes, const Given& given, const Accumulator<scalar_
 
   const int64_t numbers = 3 * sizes.channels + 2 * sizes.value_channels;  // packed and summed, of each column
   const int64_t most = tile_panels<T>(kBackwardTile, numbers, sizes.column_panels());
-  const int64_t tile = task_panels(most, sizes.batches, sizes.column_panels());
-  const int64_t tiles = panels(sizes.column_panels(), tile);
   // A gradient of the query for every group, so there are few; without it every tile is a task of its own.
   const int64_t most_groups =
       std::clamp<int64_t>(kQueryTasks / sizes.batches, 1, panels(sizes.column_panels(), kShortestGroup));
+  const int64_t tile = need_query ? std::min(most, panels(sizes.column_panels(), most_groups))
+                                  : task_panels(most, sizes.batches, sizes.column_panels());
+  const int64_t tiles = panels(sizes.column_panels(), tile);
   const int64_t tiles_per_group = need_query ? panels(tiles, most_groups) : 1, groups = panels(tiles, tiles_per_group);
   const int64_t query_size = sizes.row_panels() * kRows * padded(sizes.channels, kColumns);
   const Buffer<T> query_sums = need_query ? allocate<T>(sizes.batches * groups * query_size) : nullptr;

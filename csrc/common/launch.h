@@ -31,11 +31,12 @@ inline int64_t multiprocessors(const Tensor& t) {
   return count;
 }
 
-// The major number of the compute capability.
-inline int generation(const Tensor& t) {
-  int major = 0;
-  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index()));
-  return major;
+// The architecture whose code a kernel has, such as 90: a device may run code for one before its own.
+template <typename... Parameters>
+int architecture(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)));
+  return attributes.ptxVersion;
 }
 
 // The dynamic shared memory of this block.

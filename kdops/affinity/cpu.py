@@ -1,6 +1,7 @@
 """The affinity distance on the CPU, in two forms.
 
-By tiles, in C++ (csrc/affinity.cpp): O(N^2 C), each tile of the N x N matrices made, used and forgotten in cache.
+By tiles, in C++ (csrc/affinity.cpp): O(N^2 C), each tile of the N x N matrices made, used and forgotten in cache; where the matrix has no
+more numbers than both maps, its slopes are kept for backward.
 
 By Grams (p=2, many positions): O(N C^2), by the matrix products of channel attention over strips of columns (those of torch's library
 have other bits for other numbers of threads). With S and T the normalised columns of student
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..channel_attention.cpu import gram, mixed
 from ..layout import GradientColumns
 from ..registration import LIBRARY, accumulator, op
-from .spec import by_grams
+from .spec import by_grams, keeps_slopes
 
 # Maps (B, C, N) of any strides and dtype -> normalised columns and their norms (B, N), in the accumulator or in float64; and back.
 LIBRARY.define("affinity_columns(Tensor maps, float eps, bool wide) -> (Tensor, Tensor)")
@@ -26,32 +27,36 @@ LIBRARY.define(
     "affinity_columns_backward(Tensor(a!) out, Tensor of_hat, Tensor hat, Tensor norms, float eps, Tensor factor) -> ()"
 )
 
-# Normalised columns (B, C, N) -> (B,) float64; backward: sum_j slope(D_ij) column_j as (B, N padded, C padded), or (0,) if not needed.
-LIBRARY.define("affinity_tiles(Tensor student, Tensor teacher, int p) -> Tensor")
+# Normalised columns (B, C, N) -> (B,) float64 and the slopes of D, (B, N padded, N padded) or (0,); backward: sum_j slope(D_ij) column_j
+# as (B, N padded, C padded), or (0,) if not needed.
+LIBRARY.define("affinity_tiles(Tensor student, Tensor teacher, int p, bool keep_slopes) -> (Tensor, Tensor)")
 LIBRARY.define(
-    "affinity_tiles_backward(Tensor student, Tensor teacher, int p, bool need_student, bool need_teacher) -> (Tensor, Tensor)"
+    "affinity_tiles_backward(Tensor student, Tensor teacher, Tensor slopes, int p, bool need_student, bool need_teacher)"
+    " -> (Tensor, Tensor)"
 )
 
 STRIP = 2**17  # numbers in a strip of columns: 1 MiB in float64
 
 
 def affinity_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> tuple[Tensor, Tensor]:
-    """-> the sum over all pairs of positions (B,), float32 or, for float64 inputs, float64; Grams (B, Cs + Ct, Cs + Ct) or (0,)."""
+    """-> the sum over all pairs of positions (B,), float32 or, for float64 inputs, float64; for backward the Grams (B, Cs + Ct, Cs + Ct),
+    slopes (B, N padded, N padded) or nothing (0,).
+    """
     wide = accumulator(student)
     if by_grams(student, teacher, p):
-        grams = _grams(student, teacher, eps)
-        ss, st, tt = _blocks(grams, student)
+        kept = _grams(student, teacher, eps)
+        ss, st, tt = _blocks(kept, student)
         distance = _squares(ss) - 2 * _squares(st) + _squares(tt)
         distance = distance.clamp(min=0)  # rounding may leave a tiny negative number
     else:
-        grams = student.new_empty(0, dtype=torch.float64)
-        distance = op("affinity_tiles")(_Columns(student, eps, wide).hat, _Columns(teacher, eps, wide).hat, p)
-    return distance.to(wide), grams
+        hats = _Columns(student, eps, wide).hat, _Columns(teacher, eps, wide).hat
+        distance, kept = op("affinity_tiles")(*hats, p, keeps_slopes(student, teacher, p))
+    return distance.to(wide), kept
 
 
 def affinity_distance_backward(
     grad: Tensor,
-    grams: Tensor,
+    kept: Tensor,
     student: Tensor,
     teacher: Tensor,
     p: int,
@@ -63,9 +68,9 @@ def affinity_distance_backward(
     of_student, of_teacher = GradientColumns(student, need_student), GradientColumns(teacher, need_teacher)
     factor = 2 * p * grad  # (B,); both of a pair of columns have a share in their product
     if by_grams(student, teacher, p):
-        _backward_by_grams(factor.double(), grams, student, teacher, eps, of_student, of_teacher)
+        _backward_by_grams(factor.double(), kept, student, teacher, eps, of_student, of_teacher)
     else:
-        _backward_by_tiles(factor, student, teacher, p, eps, of_student, of_teacher)
+        _backward_by_tiles(factor, kept, student, teacher, p, eps, of_student, of_teacher)
     return of_student.finish(), of_teacher.finish()
 
 
@@ -83,6 +88,7 @@ class _Columns:
 
 def _backward_by_tiles(
     factor: Tensor,
+    slopes: Tensor,
     student: Tensor,
     teacher: Tensor,
     p: int,
@@ -91,7 +97,7 @@ def _backward_by_tiles(
     of_teacher: GradientColumns,
 ) -> None:
     both = _Columns(student, eps, accumulator(student)), _Columns(teacher, eps, accumulator(teacher))
-    sums = op("affinity_tiles_backward")(both[0].hat, both[1].hat, p, of_student.needed, of_teacher.needed)
+    sums = op("affinity_tiles_backward")(both[0].hat, both[1].hat, slopes, p, of_student.needed, of_teacher.needed)
     for sign, columns, of_maps, total in zip((1, -1), both, (of_student, of_teacher), sums, strict=True):
         if of_maps.needed:
             _, channels, positions = columns.hat.shape

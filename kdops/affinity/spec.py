@@ -15,6 +15,7 @@ from ..registration import accumulator, gradient_like
 from . import reference
 
 NAME = "affinity_distance"
+SLOPES = 48  # their sides are padded to a multiple of this (csrc/affinity.cpp)
 CPU = "kdops.affinity.cpu"
 TRITON = "kdops.affinity.triton"
 NO_DOUBLE_BACKWARD = (
@@ -27,7 +28,21 @@ def by_grams(student: Tensor, teacher: Tensor, p: int) -> bool:
     return p == 2 and prod(student.shape[2:]) > 2 * (student.shape[1] + teacher.shape[1])
 
 
+def keeps_slopes(student: Tensor, teacher: Tensor, p: int) -> bool:
+    """Whether the CPU keeps the slopes of all pairs of positions for backward: where they are no more numbers than both maps have."""
+    return not by_grams(student, teacher, p) and prod(student.shape[2:]) <= student.shape[1] + teacher.shape[1]
+
+
 def _fake_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> tuple[Tensor, Tensor]:
+    distance, grams = _fake_triton_distance(student, teacher, p, eps)
+    if by_grams(student, teacher, p):
+        return distance, grams
+    side = -(-prod(student.shape[2:]) // SLOPES) * SLOPES
+    slopes = (student.shape[0], side, side) if keeps_slopes(student, teacher, p) else (0,)
+    return distance, distance.new_empty(slopes)
+
+
+def _fake_triton_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> tuple[Tensor, Tensor]:
     dtype = accumulator(student)
     channels = student.shape[1] + teacher.shape[1]
     grams = (student.shape[0], channels, channels) if by_grams(student, teacher, p) else (0,)
@@ -36,7 +51,7 @@ def _fake_distance(student: Tensor, teacher: Tensor, p: int, eps: float) -> tupl
 
 def _fake_backward(
     grad: Tensor,
-    grams: Tensor,
+    kept: Tensor,
     student: Tensor,
     teacher: Tensor,
     p: int,
@@ -63,10 +78,12 @@ def _backward(op: registration.Op) -> Callable[..., Any]:
 
 
 _INPUTS = "Tensor student, Tensor teacher, int p, float eps"
-registration.define(NAME, f"({_INPUTS}) -> (Tensor, Tensor)", _fake_distance, TRITON, CPU)
+registration.define(
+    NAME, f"({_INPUTS}) -> (Tensor, Tensor)", _fake_distance, TRITON, CPU, triton_fake=_fake_triton_distance
+)
 registration.define(
     f"{NAME}_backward",
-    f"(Tensor grad, Tensor grams, {_INPUTS}, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
+    f"(Tensor grad, Tensor kept, {_INPUTS}, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
     _fake_backward,
     TRITON,
     CPU,
@@ -89,8 +106,9 @@ def _flops(student: Tensor, teacher: Tensor, *, p: int = 1, backward: bool = Fal
     if by_grams(student, teacher, p):  # three Grams, of which backward applies two to each
         grams = student.shape[1] ** 2 + student.shape[1] * teacher.shape[1] + teacher.shape[1] ** 2
         return 2 * batch * positions * (grams + wanted * channels * backward)
-    # Half of the tiles; backward makes them again and multiplies each by both of its sides.
-    return batch * positions**2 * (channels * (1 + backward) + 2 * wanted * backward)
+    # Half of the tiles; backward makes them again, if their slopes are not kept, and multiplies each by both of its sides.
+    again = backward and not keeps_slopes(student, teacher, p)
+    return batch * positions**2 * (channels * (1 + again) + 2 * wanted * backward)
 
 
 def _scratch_bytes(student: Tensor, teacher: Tensor, *, p: int = 1, backward: bool = False, **kwargs: Any) -> int:
@@ -100,7 +118,8 @@ def _scratch_bytes(student: Tensor, teacher: Tensor, *, p: int = 1, backward: bo
     # Normalised columns of both, packed for either side of a tile; in backward also as values, beside the sums and their gradient.
     wanted = sum(t.shape[1] for t in (student, teacher) if t.requires_grad)
     rows = student.shape[0] * positions * max(4, student.element_size())
-    return rows * (3 * channels + 5 * backward * wanted) + 2**20
+    slopes = positions + SLOPES if keeps_slopes(student, teacher, p) else 0
+    return rows * (3 * channels + 5 * backward * wanted + slopes) + 2**20
 
 
 # --- backends and samples --------------------------------------------------------------------------------------------------------
@@ -108,7 +127,7 @@ def _scratch_bytes(student: Tensor, teacher: Tensor, *, p: int = 1, backward: bo
 
 def _kernel(op: registration.Op) -> Callable[..., Tensor]:
     def call(student: Tensor, teacher: Tensor, p: int, eps: float) -> Tensor:
-        distance: Tensor = op(student, teacher, p, eps)[0]  # the Grams are for backward
+        distance: Tensor = op(student, teacher, p, eps)[0]  # the others are for backward
         return distance
 
     return call

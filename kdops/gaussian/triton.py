@@ -20,6 +20,9 @@ from .spec import REDUCTIONS
 
 FEATURES = 1024  # of a tile
 MAX_STEPS = 64  # tiles of a chunk, which bounds the rounding error of very long rows
+SMALLEST = (
+    2.0**-126
+)  # of variances: 0 means adaptive, and that is what float32 makes of the square of a sigma below 1e-22
 PROGRAMS = 16  # on a multiprocessor, where there is enough work
 ROWS, COLUMNS = 16, 64  # of a tile of partial sums
 
@@ -156,7 +159,7 @@ def gaussian_distance(
         tuple(firsts[:-1]),
         chunks,
         tuple(float(size if mean else 1) for size in sizes),
-        (0.0,) * len(x) if sigma is None else tuple(s**2 for s in sigma),
+        (0.0,) * len(x) if sigma is None else tuple(max(s**2, SMALLEST) for s in sigma),
         distance,
         slope,
         rate,

@@ -33,7 +33,8 @@ class Tile(NamedTuple):
 # 2 bytes were the fastest of some 12 to 30 each on an H100 or H200 (but for the limit of registers, a prediction); the others are chosen
 # among those that spill fewest registers when compiled (docs/performance/spatial_attention.md). Where a table does not tell variants of a
 # sweep apart, their first word names it. On sm_90 a warpgroup of four warps needs 64 rows of its own: with fewer, triton 3.6 lets both do
-# the same products, and those of float32 are wrong.
+# the same products, and those of float32 are wrong. All sweeps hold as many channels of the logits: summed in another order, large logits
+# would be rounded otherwise than those of which the statistics are.
 TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
     "cuda": {  # every other GPU of NVIDIA: at most 99 KiB of shared memory, as sm_86, sm_89 and sm_120 have
         ("attend", 2): {
@@ -43,7 +44,7 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
             512: Tile(32, 32, 4, 2, 256),
         },
         ("slopes", 2): {128: Tile(128, 32, 8, 2), 384: Tile(32, 32, 4, 2), 512: Tile(16, 32, 4, 1, 128)},
-        ("attend", 4): {64: Tile(64, 32, 8, 2), 512: Tile(64, 32, 8, 1, 128, 32)},
+        ("attend", 4): {64: Tile(64, 32, 8, 2, held=32), 512: Tile(64, 32, 8, 1, 128, 32)},
         ("slopes", 4): {512: Tile(64, 32, 8, 1, 64, 32)},
     },
     "cuda:90": {
@@ -91,18 +92,18 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
     "cuda:100": {
         ("attend", 2): {128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2), 512: Tile(64, 32, 8, 1, 256)},
         ("slopes", 2): {128: Tile(128, 64, 8, 2), 256: Tile(128, 32, 8, 2), 512: Tile(64, 32, 8, 1, 128)},
-        ("attend", 4): {64: Tile(64, 32, 4, 2), 512: Tile(128, 32, 8, 1, 128, 32)},
+        ("attend", 4): {64: Tile(64, 32, 4, 2, held=32), 512: Tile(128, 32, 8, 1, 128, 32)},
         ("slopes", 4): {512: Tile(64, 32, 8, 1, 128, 32)},
     },
     "hip": {
         ("attend", 2): {64: Tile(64, 64, 4, 1), 256: Tile(32, 32, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
         ("slopes", 2): {64: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128)},
-        ("attend", 4): {64: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128, 64)},
-        ("slopes", 4): {64: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1, 128), 512: Tile(16, 16, 4, 1, 128, 64)},
+        ("attend", 4): {64: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1, 128, 64), 512: Tile(16, 16, 4, 1, 128, 64)},
+        ("slopes", 4): {64: Tile(32, 32, 4, 1), 256: Tile(16, 16, 4, 1, 128, 64), 512: Tile(16, 16, 4, 1, 128, 64)},
     },
     "interpreter": {
         (sweep, size): {
-            128: Tile(64, 64, 4, 1, late=sweep == "attend", ahead=sweep == "slopes"),
+            128: Tile(64, 64, 4, 1, held=512 if size == 2 else 64, late=sweep == "attend", ahead=sweep == "slopes"),
             512: Tile(64, 64, 4, 1, 128, 512 if size == 2 else 64),
         }
         for sweep in ("attend", "slopes")

@@ -96,8 +96,9 @@ inline int64_t multiprocessors(const Tensor&) {
   return 3;
 }
 
-inline int generation(const Tensor&) {
-  return 9;
+template <typename... Parameters>
+int architecture(void (*)(Parameters...)) {
+  return 90;
 }
 
 inline float4* block_memory() {

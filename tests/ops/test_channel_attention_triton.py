@@ -256,6 +256,16 @@ def test_forward_keeps_only_small_matrices() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("channels", [64, 180])
+def test_float32_tiles_of_many_channels(channels: int, form: str) -> None:
+    """Blocks of 64 channels, which no sample of the contract has: on sm_90 eight warps multiply 64 rows of float32."""
+    maps = [drawn(1, channels, 300, seed=i) for i in range(4)]
+    for distance in (False, True):
+        check([maps[i] for i in FORMS[form][: 4 if distance else 3]], torch.float32, distance)
+
+
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements() -> None:
     """64-bit offsets in products of both kinds and in the direct form: what counts lies beyond 2^31 elements."""

@@ -51,6 +51,14 @@ def check(
         torch.testing.assert_close(grad.double(), truth, rtol=EPS[tap.dtype], atol=max(EPS[tap.dtype], 1e-5) * scale)
 
 
+def test_a_tiny_sigma_is_not_adaptive() -> None:
+    """Its square is 0 in float32, as which kernels are told of an adaptive one (on a GPU; the interpreter keeps float64)."""
+    (x,), (y,) = draw(3, [(8,)])
+    distance, _, rate = kernels.gaussian_distance([x, x], [y, x], [1e-24, 1e-24], True, 0)
+    assert distance.tolist() == [[1.0] * 3, [0.0] * 3]
+    assert torch.isfinite(rate).all()
+
+
 features = st.lists(
     st.sampled_from([(1,), (2, 3), (31,), (5, 3, 11), (257,), (1024,), (1300,)]), min_size=1, max_size=4
 )

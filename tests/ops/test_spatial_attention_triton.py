@@ -88,6 +88,19 @@ def test_on_sm_90_every_warpgroup_has_rows_of_its_own() -> None:
     assert all(tile.rows >= 16 * tile.warps for tile in tiles)
 
 
+@pytest.mark.parametrize("architecture", list(table.TILES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_sweep_sums_logits_in_one_order(
+    architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights are made again from logits that must be the very numbers of which the statistics are, whatever channels the values have."""
+    monkeypatch.setattr(table.tiles, "architecture", lambda: architecture)
+    sweeps = ("attend", "attend shared", "attend given", "slopes", "slopes shared")
+    for c in (16, 33, 64, 65, 180, 512):
+        held = {min(c, table.tile_for(s, max(c, cv), dtype).held) for s in sweeps for cv in (1, 64, 65, 512)}
+        assert len(held) == 1, (c, held)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("c", [64, 128, 180, 256, 384, 512])
 def test_whole_tiles_of_many_channels(c: int) -> None:
