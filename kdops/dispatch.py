@@ -238,7 +238,7 @@ def explain(name: str, *tensors: Any, **kwargs: Any) -> dict[str, str]:
         {'cpu': 'yes (chosen)', 'reference': 'yes', 'triton': 'no: triton on a CPU needs TRITON_INTERPRET=1', ...}
 
     Raises:
-        ValueError: no such op.
+        ValueError: no such op, or no tensor among the arguments.
     """
     if name not in SPECS:
         raise ValueError(f"There is no op {name!r}: use one of {', '.join(sorted(SPECS))}.")

@@ -126,7 +126,9 @@ def parser() -> argparse.ArgumentParser:
     _set_argument(resume)
 
     evaluate = _command(commands, "eval", "measure a run, a checkpoint or weights on images", _eval)
-    evaluate.add_argument("source", type=Path, help="run folder, checkpoint folder, .safetensors or .pth file")
+    evaluate.add_argument(
+        "source", type=Path, help="run folder, checkpoint folder, .safetensors or .pth file, or builtin:edsr-x2"
+    )
     evaluate.add_argument(
         "--data",
         action="append",
@@ -151,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     restore.add_argument("given", metavar="in", type=Path, help="a picture, or a folder of them")
     restore.add_argument("out", type=Path, help="folder for the restored pictures (PNG), or a .png file for one")
     source = restore.add_mutually_exclusive_group(required=True)
-    source.add_argument("--weights", type=Path, help="checkpoint folder, .safetensors or .pth file")
+    source.add_argument("--weights", type=Path, help="checkpoint folder, .safetensors or .pth file, or builtin:edsr-x2")
     source.add_argument("--run", type=Path, dest="run_folder", help="run folder")
     _inference_arguments(restore, "0: whole")
 
@@ -186,7 +188,9 @@ def parser() -> argparse.ArgumentParser:
     export = _command(
         commands, "export", "write a student as safetensors and ONNX, with a card of what it is and costs", _export
     )
-    export.add_argument("source", type=Path, help="run folder, checkpoint folder, .safetensors or .pth file")
+    export.add_argument(
+        "source", type=Path, help="run folder, checkpoint folder, .safetensors or .pth file, or builtin:edsr-x2"
+    )
     export.add_argument("-o", "--out", type=Path, help="folder to write (default: export-NAME)")
     export.add_argument("--onnx", action="store_true", help="also write ONNX, compared with torch; needs kdops[onnx]")
     export.add_argument(

@@ -229,7 +229,7 @@ def _scores(source: Source, path: Path) -> list[str]:
     return [
         "## Scores",
         "",
-        f"Protocol `{result['protocol']}`: {result['protocol_text']}",
+        f"Protocol `{result['protocol']}`: {result['protocol_text'].removeprefix(result['protocol'] + ': ')}",
         "",
         "| set | | PSNR, dB | SSIM |",
         "| --- | --- | --- | --- |",

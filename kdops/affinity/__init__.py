@@ -21,7 +21,7 @@ def affinity_distance(
     s_i = student[b, :, i] / (||student[b, :, i]|| + eps), t_i likewise
 
     p=1: time O(N^2 (Cs + Ct)), half of that of plain torch by symmetry. p=2: time O(N (Cs + Ct)^2) from C x C Gram matrices in float64, or
-    as p=1 where there are fewer positions than channels. Memory O(N (Cs + Ct)) for both; plain torch holds N x N matrices.
+    as p=1 where there are at most 2 (Cs + Ct) positions. Memory O(N (Cs + Ct)) for both; plain torch holds N x N matrices.
     The gradient of |.| at a tie is 0, as in torch.
 
     Args:
@@ -38,10 +38,10 @@ def affinity_distance(
         (B,) in the dtype of the student (float32 under autocast), computed in float32 or better. Never negative.
 
     Raises:
-        TypeError: not floating-point tensors of one dtype.
-        ValueError: shapes or devices that do not match, no channels or positions, an unknown p or statistic, eps below 0.
+        TypeError: not floating-point tensors of one dtype, or an eps that is no number.
+        ValueError: shapes or devices that do not match, no channels or positions, an unknown p, statistic or backend, eps below 0.
         RuntimeError: the requested backend cannot run.
-        NotImplementedError: double backward or forward mode on a kernel backend (the reference has both).
+        NotImplementedError: double backward, forward mode or torch.func on a kernel backend (the reference has them).
 
     Source: FAKD's spatial affinity, mean L1 over its N x N entries (methods.md 6, baseline 4); p=2 and statistic="sum" are ours.
     """

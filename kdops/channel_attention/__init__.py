@@ -37,10 +37,11 @@ def channel_attention(
         (B, Cq, *S) in the dtype of the query, contiguous. Products accumulate in float32 or better.
 
     Raises:
-        TypeError: not floating-point tensors of one dtype.
-        ValueError: shapes or devices that do not match, no channels or positions, heads that do not divide the channels.
+        TypeError: not floating-point tensors of one dtype, a scale that is no number, or heads that are no whole number.
+        ValueError: shapes or devices that do not match, no channels or positions, heads that do not divide the channels, an unknown
+            backend.
         RuntimeError: the requested backend cannot run.
-        NotImplementedError: double backward or forward mode on a kernel backend (the reference has both).
+        NotImplementedError: double backward, forward mode or torch.func on a kernel backend (the reference has them).
 
     Source: the channel branch of SKD, softmax(T S^T / lambda) S (methods.md 1a, our reading of the axis); Restormer's transposed attention.
     """
@@ -84,7 +85,7 @@ def channel_attention_distance(
         (B,) in the dtype of the query (float32 under autocast), accumulated in float32 or better.
 
     Raises:
-        TypeError, ValueError, RuntimeError, NotImplementedError: as channel_attention.
+        TypeError, ValueError, RuntimeError, NotImplementedError: as channel_attention; ValueError also for an unknown statistic.
 
     Source: SKD's channel loss ||softmax(T S^T / lambda) S - T||^2 (methods.md 1a).
     """

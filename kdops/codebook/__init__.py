@@ -45,11 +45,11 @@ def codebook_cross_entropy(
         better.
 
     Raises:
-        TypeError: not floating-point tensors of one dtype.
-        ValueError: shapes or devices that do not match, no codes or no channels, a temperature that is not above 0, an unknown
+        TypeError: not floating-point tensors of one dtype, or a temperature that is no number.
+        ValueError: shapes or devices that do not match, no codes or no channels, a temperature that is not above 0 and finite, an unknown
             reduction or backend, no positions under "mean".
         RuntimeError: the requested backend cannot run.
-        NotImplementedError: double backward or forward mode on a kernel backend (the reference has both).
+        NotImplementedError: double backward, forward mode or torch.func on a kernel backend (the reference has them).
 
     Source: the distribution mapping module of DCKD, L_ce in the form of the paper (methods.md 3a).
     """

@@ -34,9 +34,9 @@ def pairwise_distance(x: Tensor, y: Tensor, *, p: int = 1, statistic: str = "mea
 
     Raises:
         TypeError: not floating-point tensors of one dtype.
-        ValueError: shapes or devices that do not match, an unknown p or statistic, a mean over no features.
+        ValueError: shapes or devices that do not match, an unknown p, statistic or backend, a mean over no features.
         RuntimeError: the requested backend cannot run.
-        NotImplementedError: double backward or forward mode on a kernel backend (the reference has both).
+        NotImplementedError: double backward, forward mode or torch.func on a kernel backend (the reference has them).
 
     Source: the distance of contrastive distillation losses (CSD, DCKD eq. of L_dcl; L1 as in their code).
     """
@@ -123,10 +123,11 @@ def contrastive_ratio(
         A scalar, or (B,) for reduction "none", in the dtype of anchor (float32 under autocast). The ratio is formed in float32 or better.
 
     Raises:
-        TypeError: not floating-point tensors of one dtype, or a mask that is not bool.
-        ValueError: shapes or devices that do not match, an unknown option, eps below 0, no negatives (K = 0), an empty batch under "mean".
+        TypeError: not floating-point tensors of one dtype, a mask that is not bool, or an eps that is no number.
+        ValueError: shapes or devices that do not match, an unknown option, eps below 0, no negatives (K = 0) or features, an empty
+            batch under "mean".
         RuntimeError: the requested backend cannot run.
-        NotImplementedError: double backward or forward mode on a kernel backend (the reference has both).
+        NotImplementedError: double backward, forward mode or torch.func on a kernel backend (the reference has them).
 
     Source: the ratio of AECR-Net, CSD and DCKD (methods.md 3a, 5.3), per sample as FACD needs it (our reading, methods.md 4a).
     """

@@ -46,11 +46,11 @@ def gaussian_distance(
         float32 or better.
 
     Raises:
-        TypeError: not floating-point tensors of one dtype, or a list beside a tensor.
+        TypeError: not floating-point tensors of one dtype, a list beside a tensor, or a sigma that is no number.
         ValueError: shapes or devices that do not match, no taps, a sigma that is not positive and finite or not one for each tap, an
             unknown option, a mean over no features or no samples.
         RuntimeError: the requested backend cannot run.
-        NotImplementedError: forward mode on a kernel backend (the reference has it).
+        NotImplementedError: forward mode or torch.func on a kernel backend (the reference has them).
 
     Source: SKD, eq. (3). The mean over features and both choices of sigma are our reading (methods.md 1): on a sum of many squares
     the Gaussian is 1 - 0, with a gradient of exactly 0.

@@ -48,11 +48,11 @@ def mscn(
         normalised and local_std, each (B, C, H, W), contiguous, in the dtype of the image (float32 under autocast).
 
     Raises:
-        TypeError: not a floating-point tensor.
+        TypeError: not a floating-point tensor, or a window, sigma or c that is no number.
         ValueError: an image of other axes or without pixels, an even or too large window, a sigma that is not positive, a negative c,
-            an unknown padding.
+            an unknown padding or backend.
         RuntimeError: the requested backend cannot run.
-        NotImplementedError: double backward or forward mode on a kernel backend (the reference has both).
+        NotImplementedError: double backward, forward mode or torch.func on a kernel backend (the reference has them).
 
     Source: the coefficients of BRISQUE (Mittal, Moorthy and Bovik, IEEE TIP 21(12), 2012, equations 1-3; methods.md 5.1), whose local
     deviation has no 1e-8.
@@ -134,6 +134,7 @@ def piqe(image: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor, Tenso
 
     Raises:
         TypeError, ValueError, RuntimeError: as mscn; ValueError also for more than one channel.
+        NotImplementedError: forward mode or torch.func on a kernel backend.
 
     Source: PIQE (Venkatanath et al., NCC 2015) in the reading of methods.md 5.2. Two slips of a known port are not repeated: the surround
     of the middle columns 7 and 8 (from 0) is all other columns (the port drops 7 and 9 from it), and the image is completed to the

@@ -45,10 +45,10 @@ def spatial_attention(
         (B, Cv, *Sq), contiguous, in the dtype of query (the autocast dtype under autocast), accumulated in float32 or better.
 
     Raises:
-        TypeError: not floating-point tensors of one dtype.
+        TypeError: not floating-point tensors of one dtype, or a scale that is no number.
         ValueError: shapes or devices that do not match, no channels or no positions, an unknown normalize or backend.
         RuntimeError: the requested backend cannot run.
-        NotImplementedError: double backward or forward mode on a kernel backend (the reference has both).
+        NotImplementedError: double backward, forward mode or torch.func on a kernel backend (the reference has them).
 
     Source: the cross-network spatial attention of SKD (methods.md 1; normalize="query" is its formula read literally), and scaled
         dot-product attention (Vaswani et al. 2017, eq. 1).

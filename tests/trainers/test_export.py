@@ -46,7 +46,8 @@ def test_the_card_repeats_the_result(run: Path, tmp_path: Path) -> None:
     result = json.loads((run / "result.json").read_text())
     score = result["sets"]["val"]["student"]
     assert f"| val | student | {score['psnr']:.3f} | {score['ssim']:.4f} |" in card
-    assert f"Protocol `{result['protocol']}`" in card
+    assert f"Protocol `{result['protocol']}`: " in card
+    assert f"{result['protocol']}: " not in card  # once, and not in its text again
     assert "one 16 x 24 input" in card
     assert f"| {result['student']['params']:,} |" in card
 
