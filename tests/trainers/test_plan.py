@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdops.dispatch import SPECS
-from tests.trainers.tiny import write_tiny
+from tests.trainers.tiny import tiny, write_tiny, write_yaml
 from trainers.cli import main
 from trainers.config import Config
 from trainers.config_file import load_config
@@ -126,6 +126,18 @@ def test_the_reference_takes_more_where_it_holds_more(tmp_path: Path) -> None:
         planner.simulate(Point(64, 4, False, b))[0].terms["contrast"].peak for b in ("kdops", "reference")
     )
     assert reference > 2 * ours
+
+
+def test_a_step_of_grey_images_has_one_channel(tmp_path: Path) -> None:
+    network = {"arch": "dncnn", "features": 4, "depth": 3}
+    peaks = []
+    for channels in (1, 3):
+        tree = tiny(tmp_path)
+        tree |= {"task": "denoise", "student": network | {"image_channels": channels}}
+        tree["data"]["grey"] = channels == 1
+        config = load_config(write_yaml(tmp_path, tree))
+        peaks.append(Planner(config, 2**40).simulate(Point(64, 4, False, "kdops"))[0].peak)
+    assert 0 < peaks[0] < peaks[1]
 
 
 def test_a_step_that_recomputes_holds_less(tmp_path: Path) -> None:
