@@ -216,6 +216,17 @@ def test_one_seed_is_no_claim(fake_run, tmp_path: Path) -> None:
     assert not any("Against scratch" in text for text in found["remarks"])
 
 
+def test_without_a_baseline_nothing_is_paired(fake_run, tmp_path: Path) -> None:
+    runs = [fake_run("facd", folder=name) for name in ("weak", "strong")]
+    for run, weight in zip(runs, (0.1, 1.0), strict=True):
+        settings = {"name": run.name, "method": {"name": "facd", "weights": {"contrast": weight}}}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    found = result(runs, tmp_path / "out")
+    assert found["paired"] == {"photos": {}}
+    assert found["missing_baselines"] == ["scratch", "output"]
+    assert "Paired differences" not in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_seeds_that_only_one_arm_has_are_not_paired(seeded: list[Path], tmp_path: Path) -> None:
     found = result(seeded[:-1], tmp_path / "out")  # output lacks seed 2
     assert found["differences"] == ["seeds: scratch 0, 1, 2; output 0, 1; facd 0, 1, 2"]
@@ -251,6 +262,29 @@ def test_markdown_is_a_table_to_paste(seeded: list[Path], tmp_path: Path) -> Non
     assert "| 0, 1, 2 | 31.127 ± 0.285 | 0.9123 | +0.060, −0.054 to +0.174, 3 of 3 |" in facd
     assert table[-1].startswith("| slkd |")
     assert "not applicable: same-size tasks only" in table[-1]
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, str]]:
+    """The table of comparison.md: first cell -> head -> cell."""
+    lines = (folder / "comparison.md").read_text().splitlines()
+    heads, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|"))
+    return {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+
+
+def test_markdown_says_where_runs_stood_at_equal_seconds(seeded: list[Path], tmp_path: Path) -> None:
+    stood = result(seeded, tmp_path / "out")["sets"]["photos"]["facd"]["at_equal_seconds"].values()
+    rows = rows_of(tmp_path / "out")
+    assert list(rows) == ["bicubic", "teacher", "scratch", "output", "facd"]
+    assert rows["facd"]["PSNR after 40 s"] == f"{statistics.mean(stood):.2f}"
+    assert (rows["teacher"]["PSNR (dB)"], rows["teacher"]["SSIM"]) == ("31.71", "0.9201")
+
+
+def test_markdown_of_single_seeds_without_a_teacher(fake_run, tmp_path: Path) -> None:
+    compare([fake_run("scratch", psnr=31.15, teacher=False), fake_run("facd", teacher=False)], tmp_path / "out")
+    rows = rows_of(tmp_path / "out")
+    assert list(rows) == ["bicubic", "scratch", "facd"]
+    (against,) = (cell for head, cell in rows["facd"].items() if head.startswith("against scratch"))
+    assert against == "+0.090, n = 1"
 
 
 def test_runs_of_one_method_with_other_settings_are_told_apart_by_name(fake_run, tmp_path: Path) -> None:
