@@ -244,6 +244,13 @@ def test_equal_seconds_are_those_of_the_quickest_run(seeded: list[Path], tmp_pat
     assert gain["mean"] < found["paired"]["photos"]["facd"]["scratch"]["mean"]
 
 
+def test_a_run_without_a_validation_by_then_has_no_value(fake_run, tmp_path: Path) -> None:
+    found = result([fake_run("scratch", seconds=40.0), fake_run("facd", seconds=600.0)], tmp_path / "out")
+    assert any("scratch 31.24 dB, facd not yet validated" in text for text in found["remarks"])
+    assert found["paired_at_equal_seconds"] == {"photos": {}}
+    assert rows_of(tmp_path / "out")["facd"]["PSNR after 40 s"] == "not yet validated"
+
+
 def test_report_shows_spread_band_and_pairs(seeded: list[Path], tmp_path: Path) -> None:
     text = compare(seeded, tmp_path / "out").read_text()
     assert "31.127 ± 0.285" in text
