@@ -98,6 +98,16 @@ def test_alike_runs_have_no_warning(fake_run, tmp_path: Path) -> None:
     assert "differ in more" not in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_runs_that_took_about_as_long_have_no_words_on_equal_time(fake_run, tmp_path: Path) -> None:
+    for other, told in ((60.5, False), (63.0, True)):
+        runs = [fake_run(name, seconds=s, folder=f"{name}-{other}") for name, s in (("scratch", 60.0), ("facd", other))]
+        remarks = result(runs, tmp_path / f"out-{other}")["remarks"]
+        assert any(text.startswith("At equal training time") for text in remarks) == told
+        assert remarks[0].startswith(
+            "Mean PSNR over 2 images by protocol sr-y; bicubic 29.87 dB, teacher 31.71 dB. Each run: "
+        )
+
+
 def test_another_teacher_is_listed(fake_run, tmp_path: Path) -> None:
     runs = [fake_run("scratch", teacher=False), fake_run("output"), fake_run("facd")]
     changed = json.loads((runs[2] / "result.json").read_text())
@@ -301,6 +311,20 @@ def test_runs_of_one_method_with_other_settings_are_told_apart_by_name(fake_run,
         settings = {"name": run.name, "method": {"name": "facd", "weights": {"contrast": weight}}}
         (run / "config.yaml").write_text(yaml.safe_dump(settings))
     assert list(result([*runs, fake_run("scratch")], tmp_path / "out")["arms"]) == ["scratch", "weak", "strong"]
+
+
+def test_runs_without_names_of_seeds_are_called_by_their_first_then_by_their_folder(fake_run, tmp_path: Path) -> None:
+    for names, labels in (({}, ["a0", "b0"]), ({"name": "same"}, None)):
+        where = tmp_path / f"named-{bool(names)}"
+        runs = [fake_run("facd", folder=f"{where.name}/{a}{seed}", seed=seed, **names) for a in "ab" for seed in (0, 1)]
+        for run in runs:
+            if not names:
+                found = json.loads((run / "result.json").read_text())
+                (run / "result.json").write_text(json.dumps(found | {"name": run.name}))
+            method = {"name": "facd", "weights": {"contrast": 0.1 if run.name.startswith("a") else 1.0}}
+            (run / "config.yaml").write_text(yaml.safe_dump({"method": method}))
+        arms = list(result(runs, tmp_path / f"out-{bool(names)}")["arms"])
+        assert arms == (labels or [str(where / "a0"), str(where / "b0")])
 
 
 def test_scratch_is_the_judge_and_not_its_sliced_start(fake_run, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from rich.console import Console
 
 from tests.trainers.test_every_method import config as tiny_config
-from tests.trainers.tiny import assert_same_state, last_state, metrics, write_teacher, write_tiny
+from tests.trainers.tiny import assert_same_state, last_state, metrics, tiny, write_teacher, write_tiny, write_yaml
 from trainers.cli import main
 from trainers.config import stages
 from trainers.config_file import load_config
@@ -124,6 +124,29 @@ def test_the_estimate_is_what_a_step_asks_for(tmp_path: Path, method: str) -> No
     loop._step(lq, gt, TrainingProgress(Console(quiet=True), 0, 1, shown=False))
     asked = [t.asked for t in loop.train_step.tapped_teachers.values() if isinstance(t, CachedTeacher)]
     assert sum(asked) == expected > 0
+
+
+def test_the_estimate_counts_the_steps_of_each_stage(tmp_path: Path) -> None:
+    tree = tiny(tmp_path, "output", steps=6)
+    tree["data"] |= {"schedule": [{"step": 2, "patch": 24, "batch": 2}, {"step": 3, "patch": 32, "batch": 2}]}
+    config = load_config(write_yaml(tmp_path, tree))
+    cache, folder = TeacherCache(tmp_path / "cache", limit=2**30), RunFolder.create(config)
+    loop = build_loop(Fabric(accelerator="cpu", devices=1), config, folder, resuming=False, cache=cache)
+    folder.close()
+    images = 2 * (4 * 16**2) + 1 * (2 * 24**2) + 3 * (2 * 32**2)  # steps times samples times pixels: no taps are asked for
+    assert expected_bytes(stages(config), loop.train_step, torch.device("cpu")) == images * 3 * 4
+
+
+def test_several_writers_share_the_limit(tmp_path: Path) -> None:
+    answer = (torch.zeros(1, 3, 16, 16), {"tap": torch.ones(1, 4, 8, 8)})
+    cache = TeacherCache(tmp_path / "one", limit=2**20)
+    cache.write("teacher/ab", answer)
+    room = 2 * cache.size
+    for writers, kept in ((2, 1), (3, 0)):
+        cache = TeacherCache(tmp_path / str(writers), limit=room, writers=writers)
+        for key in ("teacher/ab", "teacher/cd"):
+            cache.write(key, answer)
+        assert (len(list(cache.folder.rglob("*.answer"))), cache.refused) == (kept, 2 - kept)
 
 
 def test_the_folder_never_outgrows_its_limit(tmp_path: Path) -> None:
