@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import itertools
 import math
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def test_an_input_is_a_function_of_seed_step_and_index(tmp_path: Path, degradati
     lq, gt = first.samples(7, 1, [2, 3])
     assert torch.equal(lq[0], expected[7, 1, 2][0])
     assert torch.equal(gt[1], expected[7, 1, 3][1])
+
+
+def test_chance_is_drawn_anew_for_each_sample_and_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn itself: inputs minus ground truths differ by their rounding, also under one and the same noise."""
+    monkeypatch.setattr(Noise, "degrade", lambda self, image, random: torch.full_like(image, random.random()))
+    samples = opened(tmp_path, Noise())
+    keys = list(itertools.product((0, 7), (0, 1), range(4)))
+    assert len({samples.sample(*key)[0][0, 0, 0].item() for key in keys}) == len(keys)
+    found = open_val_set(ValSet(name="a", gt=f"{tmp_path}/gt", degradation=Noise()), 1)
+    assert len({pair.lq[0, 0, 0].item() for pair in found}) == len(found) == 2
 
 
 def test_the_ground_truth_does_not_depend_on_the_degradation(tmp_path: Path) -> None:

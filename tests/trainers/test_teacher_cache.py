@@ -179,7 +179,7 @@ def test_an_answer_keeps_its_memory_layout(tmp_path: Path) -> None:
     assert found[1]["view"].stride() == taps["view"].stride()
 
 
-def test_keys_tell_apart_what_may_change_the_answer(tmp_path: Path) -> None:
+def test_keys_tell_apart_what_may_change_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = find("edsr")
     options = entry.options(scale=2, features=4, blocks=1)
     network = entry.build(options)
@@ -192,6 +192,10 @@ def test_keys_tell_apart_what_may_change_the_answer(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     with torch.no_grad():
         next(network.parameters()).add_(1e-6)
+    teachers.append(CachedTeacher(tapped, "a", cache))
+    monkeypatch.setattr(torch, "__version__", "another")
+    teachers.append(CachedTeacher(tapped, "a", cache))
+    monkeypatch.setattr("inspect.getsource", lambda module: "other code")
     teachers.append(CachedTeacher(tapped, "a", cache))
     assert len({teacher.identity for teacher in teachers}) == len(teachers)
     x = torch.rand(2, 3, 8, 8)
