@@ -103,6 +103,7 @@ def test_rkd_of_equal_samples_has_finite_gradients() -> None:
     (losses["distance"] + losses["angle"]).backward()
     assert tap.grad is not None
     assert tap.grad.isfinite().all()
+    assert all(losses[name].isfinite() for name in ("distance", "angle"))
 
 
 def test_rkd_cannot_be_split() -> None:
