@@ -244,3 +244,17 @@ def test_the_average_is_its_formula() -> None:
         decay = min(0.3, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     torch.testing.assert_close(ema.network.weight, expected)
+
+
+def test_the_average_has_the_buffers_of_the_weights_and_no_graph() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    average = EMA(network, 0.9)
+    for step in range(3):
+        network(torch.rand(2, 3, 5, 5))
+        before = [buffer.clone() for buffer in network.buffers()]
+        average.update(step)
+        assert all(map(torch.equal, network.buffers(), before))
+        assert all(map(torch.equal, average.network.buffers(), before))
+    assert not average.network.training
+    assert not any(weight.requires_grad for weight in average.network.parameters())
