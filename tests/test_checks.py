@@ -45,7 +45,7 @@ def test_a_number_is_no_tensor(name: str, option: str) -> None:
     """A learned one would get no gradient, without a word; numbers of numpy are numbers."""
     call, value = partial(SPECS[name].function, *arguments(name)), SCALARS[name][option]
     for wrong, why in ((torch.nn.Parameter(torch.tensor(value)), "is a tensor"), ("a", "must be a number")):
-        with pytest.raises((TypeError, ValueError), match=why):
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}: {option} .*{why}"):
             call(**{option: wrong})
     torch.testing.assert_close(call(**{option: np.float32(value)}), call(**{option: value}))
 
@@ -60,7 +60,7 @@ def test_every_number_was_tried() -> None:
 def test_a_whole_number_is_one(name: str, option: str) -> None:
     call = partial(SPECS[name].function, *([MAPS.flatten(1)] * 2 if name == "pairwise_distance" else arguments(name)))
     torch.testing.assert_close(call(**{option: np.int64(1)}), call(**{option: 1}))
-    with pytest.raises((TypeError, ValueError), match=f"{option} is 1.5, but it must be"):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: {option} is 1.5, but it must be"):
         call(**{option: 1.5})
 
 

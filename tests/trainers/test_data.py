@@ -114,8 +114,10 @@ def test_each_seed_has_an_order_of_its_own() -> None:
     assert len({tuple(shuffled(seed, epoch, 50)) for seed in range(3) for epoch in range(3)}) == 9
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(-7, 7), st.integers(-7, 7), st.integers(1, 9), st.integers(1, 9))
-def test_a_window_is_mirrored_beyond_the_border(height: int, width: int, top: int, left: int, h: int, w: int) -> None:
+@given(st.tuples(st.integers(1, 6), st.integers(-7, 7), st.integers(1, 9)), st.data())
+def test_a_window_is_mirrored_beyond_the_border(rows: tuple[int, int, int], data: st.DataObject) -> None:
+    columns = data.draw(st.tuples(st.integers(1, 6), st.integers(-7, 7), st.integers(1, 9)))
+    (height, top, h), (width, left, w) = rows, columns
     image = np.arange(2 * height * width).reshape(2, height, width)
     wide = np.pad(image, ((0, 0), (20, 20), (20, 20)), mode="symmetric")
     np.testing.assert_array_equal(

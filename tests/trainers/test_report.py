@@ -167,9 +167,7 @@ def test_worst_windows_are_where_bicubic_errs_and_do_not_overlap() -> None:
 @example(140, 110, 2, (-1, 0))
 @example(110, 140, 2, (0, 1))
 @example(110, 140, 2, (0, -1))
-def test_windows_are_the_worst_that_do_not_overlap(
-    height: int, width: int, scale: int, slope: tuple[int, int]
-) -> None:
+def test_windows_are_the_worst_that_do_not_overlap(height: int, width: int, scale: int, slope: tuple[int, int]) -> None:
     """Against a search over the whole grid, on errors that grow to one side; where no second fits beside the first there is none."""
     rows, columns = (np.arange(side // scale * scale) for side in (height, width))
     growing = 120 + 0.8 * (slope[0] * (rows - rows.mean())[:, None] + slope[1] * (columns - columns.mean())[None, :])

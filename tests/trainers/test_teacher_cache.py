@@ -133,7 +133,7 @@ def test_the_estimate_counts_the_steps_of_each_stage(tmp_path: Path) -> None:
     cache, folder = TeacherCache(tmp_path / "cache", limit=2**30), RunFolder.create(config)
     loop = build_loop(Fabric(accelerator="cpu", devices=1), config, folder, resuming=False, cache=cache)
     folder.close()
-    images = 2 * (4 * 16**2) + 1 * (2 * 24**2) + 3 * (2 * 32**2)  # steps times samples times pixels: no taps are asked for
+    images = 2 * (4 * 16**2) + 1 * (2 * 24**2) + 3 * (2 * 32**2)  # steps, samples, pixels: no taps are asked for
     assert expected_bytes(stages(config), loop.train_step, torch.device("cpu")) == images * 3 * 4
     assert loop.train_step.training  # again, after what was tried
 
