@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainers.test_restore import evaluated, weights
-from tests.trainers.tiny import write_images
+from tests.trainers.tiny import tiny, write_images, write_yaml
 from trainers.cli import main
 from trainers.measure import print_measured
 
@@ -62,6 +62,21 @@ def test_what_is_refused(
     write_images(tmp_path / "dot", 1, (1, 1))
     assert main(["eval", str(weights(tmp_path, scale=2)), *arguments]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_run_is_measured_on_another_task_as_that_task_has_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tiny(tmp_path, steps=1) | {"task": "denoise", "student": {"arch": "dncnn", "features": 4, "depth": 3}}
+    tree["data"]["degradation"] = {"name": "noise", "sigma": 5.0}
+    assert main(["train", str(write_yaml(tmp_path, tree))]) == 0
+    run = tmp_path / "runs" / "scratch"
+    for task, protocol, degradation in (("denoise", "denoise-rgb", "noise"), ("deblur", "deblur-rgb", "motion_blur")):
+        found = evaluated(capsys, run, "--task", task)
+        assert (found["protocol"], found["degradations"]["val"]["name"]) == (protocol, degradation)
+        assert found["degradations"]["val"].get("sigma", 5.0) == 5.0
+    assert main(["eval", str(run), "--task", "dehaze"]) == 2
+    assert "task dehaze makes no inputs by itself: give --lq or --degradation" in capsys.readouterr().err
 
 
 def test_the_table_is_whole_however_narrow_the_terminal(
