@@ -68,7 +68,8 @@ def test_a_run_is_measured_on_another_task_as_that_task_has_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tree = tiny(tmp_path, steps=1) | {"task": "denoise", "student": {"arch": "dncnn", "features": 4, "depth": 3}}
-    tree["data"]["degradation"] = {"name": "noise", "sigma": 5.0}
+    tree["data"]["degradation"] = {"name": "noise", "sigma": 50.0}
+    tree["data"]["val"][0]["degradation"] = {"name": "noise", "sigma": 5.0}
     assert main(["train", str(write_yaml(tmp_path, tree))]) == 0
     run = tmp_path / "runs" / "scratch"
     for task, protocol, degradation in (("denoise", "denoise-rgb", "noise"), ("deblur", "deblur-rgb", "motion_blur")):
