@@ -152,6 +152,15 @@ def test_a_run_learns_and_leaves_everything(tmp_path: Path) -> None:
         assert (run / name).stat().st_size > 0
 
 
+def test_so_many_images_are_saved(tmp_path: Path) -> None:
+    tree = tiny(tmp_path, steps=1)
+    write_images(tmp_path / "val", 3, seed=9)
+    tree["val"]["save_images"] = 2
+    assert main(["train", str(write_yaml(tmp_path, tree))]) == 0
+    found = {path.name for path in (tmp_path / "runs" / "scratch" / "images" / "val").iterdir()}
+    assert found == {f"image{index}_{who}.png" for index in (0, 1) for who in ("lq", "gt", "bicubic", "student")}
+
+
 def test_bf16_trains_with_float32_weights_and_losses(tmp_path: Path) -> None:
     config = write_tiny(tmp_path, "facd", steps=20, lr=5e-3, precision="bf16")
     assert main(["train", str(config)]) == 0
