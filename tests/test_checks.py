@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdops import checks
 from kdops.dispatch import SPECS
 
 MAPS = torch.ones(1, 4, 3, 3)
@@ -43,7 +45,7 @@ def test_a_number_is_no_tensor(name: str, option: str) -> None:
     """A learned one would get no gradient, without a word; numbers of numpy are numbers."""
     call, value = partial(SPECS[name].function, *arguments(name)), SCALARS[name][option]
     for wrong, why in ((torch.nn.Parameter(torch.tensor(value)), "is a tensor"), ("a", "must be a number")):
-        with pytest.raises((TypeError, ValueError), match=why):
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}: {option} .*{why}"):
             call(**{option: wrong})
     torch.testing.assert_close(call(**{option: np.float32(value)}), call(**{option: value}))
 
@@ -58,5 +60,21 @@ def test_every_number_was_tried() -> None:
 def test_a_whole_number_is_one(name: str, option: str) -> None:
     call = partial(SPECS[name].function, *([MAPS.flatten(1)] * 2 if name == "pairwise_distance" else arguments(name)))
     torch.testing.assert_close(call(**{option: np.int64(1)}), call(**{option: 1}))
-    with pytest.raises((TypeError, ValueError), match=f"{option} is 1.5, but it must be"):
+    with pytest.raises((TypeError, ValueError), match=f"^{name}: {option} is 1.5, but it must be"):
         call(**{option: 1.5})
+
+
+@pytest.mark.parametrize(
+    ("bring", "stated"), [(checks.for_distance, torch.float32), (checks.for_attention, torch.bfloat16)]
+)
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float64"), ("float64", "bfloat16"), ("float32", "float16"), ("float16",)]
+)
+def test_autocast_brings_dtypes_together_and_float64_stays(
+    bring: Callable[..., tuple[Tensor, ...]], stated: torch.dtype, dtypes: tuple[str, ...]
+) -> None:
+    given = [torch.zeros(2, dtype=getattr(torch, name)) for name in dtypes]
+    assert all(one is two for one, two in zip(bring(*given), given, strict=True))  # outside autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        found = bring(*given)
+    assert {t.dtype for t in found} == {torch.float64 if "float64" in dtypes else stated}

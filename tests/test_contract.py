@@ -485,15 +485,17 @@ def test_14_extreme_values_behave_as_in_the_reference(case: Case, extreme: str) 
 @first_sample
 def test_15_bad_input_is_said(case: Case) -> None:
     given = case.inputs()
-    with pytest.raises(TypeError, match="floating point"):
-        case.call(given[0].detach().int(), *given[1:])
-    with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
-        case.call(given[0].tolist(), *given[1:])  # type: ignore[arg-type]  # the wrong type is the test
-    if len(given) > 1:
-        with pytest.raises(TypeError, match="one dtype"):
-            case.call(given[0].double(), *given[1:])
-        with pytest.raises(ValueError, match="one device"):
-            case.call(given[0].to("meta"), *given[1:])
+    for place, t in enumerate(given):
+        before, after = given[:place], given[place + 1 :]
+        with pytest.raises(TypeError, match="floating point"):
+            case.call(*before, t.detach().int(), *after)
+        with pytest.raises(TypeError, match=r"must be a torch\.Tensor"):
+            case.call(*before, t.tolist(), *after)  # type: ignore[arg-type]  # the wrong type is the test
+        if len(given) > 1:
+            with pytest.raises(TypeError, match="one dtype"):
+                case.call(*before, t.double(), *after)
+            with pytest.raises(ValueError, match="one device"):
+                case.call(*before, t.to("meta"), *after)
     with pytest.raises(ValueError, match="but they must be"):
         case.call(given[0].flatten(), *given[1:])
     with pytest.raises(ValueError, match="no such backend"):

@@ -82,10 +82,11 @@ class _Blanks:
     """Stands in for the training images: their shapes."""
 
     def __init__(self, config: Config, patch: int) -> None:
-        self.scale, self.patch = config.scale, patch
+        self.scale, self.patch, self.channels = config.scale, patch, 1 if config.data.grey else 3
 
     def sample(self, seed: int, step: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.rand(3, self.patch // self.scale, self.patch // self.scale), torch.rand(3, self.patch, self.patch)
+        side = self.patch // self.scale
+        return torch.rand(self.channels, side, side), torch.rand(self.channels, self.patch, self.patch)
 
 
 class Planner:

@@ -272,3 +272,13 @@ def test_sums_of_many_float16_features_do_not_overflow(backend: str) -> None:
     for call, rows in ((kdops.pairwise_distance, (x, y)), (kdops.contrastive_ratio, (x, y, z))):
         found, exact = call(*rows, backend=backend), call(*(t.double() for t in rows), backend="reference")
         torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=0)
+
+
+@every_backend
+def test_a_ratio_of_sums_has_its_eps_in_their_unit(backend: str) -> None:
+    anchor, positive, negatives = (torch.full((1, 6), value) for value in (0.0, 1.0, 3.0))
+    found = [
+        kdops.contrastive_ratio(anchor, positive, negatives, eps=2.0, statistic=statistic, backend=backend).item()
+        for statistic in ("sum", "mean")
+    ]
+    assert found == pytest.approx([6 / (18 + 2), 1 / (3 + 2)])

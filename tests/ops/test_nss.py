@@ -207,6 +207,24 @@ def test_brisque_features_of_a_constant_image(backend: str, level: float) -> Non
 # --- PIQE ------------------------------------------------------------------------------------------------------------------------
 
 
+@every_backend
+def test_a_sample_with_nan_has_no_features_and_leaves_the_others(backend: str) -> None:
+    """Shapes too are NaN, though they are looked up in a table."""
+    image = noise(2, 1, 32, 32)
+    alone = kdops.brisque_features(image[1:], backend=backend)
+    image[0, 0, 3, 4] = float("nan")
+    broken, whole = kdops.brisque_features(image, backend=backend)
+    assert broken.isnan().all()
+    torch.testing.assert_close(whole[None], alone)
+
+
+@pytest.mark.parametrize("size", [(32, 24), (24, 32)])
+def test_maps_of_other_sizes_than_blocks_are_refused(size: tuple[int, int]) -> None:
+    for maps in (kdops.nss.block_variance, kdops.nss.edge_deviations):
+        with pytest.raises(ValueError, match="must be multiples of 16: crop or pad them"):
+            maps(noise(1, 1, *size))
+
+
 def plain_piqe(image: Tensor) -> float:
     """One image (H, W) whose sizes are multiples of 16, block by block as methods.md 5.2 writes it."""
     x = (255 * image / image.max()).round()

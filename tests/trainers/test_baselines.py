@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from tests.trainers.stand_ins import KEY, TAPS, B, images, losses_of, make, network, taps
 from trainers.data.resize import imresize
 from trainers.methods import Batch, Run
+from trainers.methods.at import attention_map
 from trainers.methods.augmentation import OPERATIONS, Augmentation
 from trainers.methods.csd import CSDOptions
 from trainers.methods.dukd import DUKDOptions
@@ -103,6 +104,11 @@ def test_rkd_of_equal_samples_has_finite_gradients() -> None:
     (losses["distance"] + losses["angle"]).backward()
     assert tap.grad is not None
     assert tap.grad.isfinite().all()
+    assert all(losses[name].isfinite() for name in ("distance", "angle"))
+
+
+def test_at_of_a_dead_tap_is_zero() -> None:
+    assert torch.equal(attention_map(torch.zeros(2, 3, 4, 5)), torch.zeros(2, 20))
 
 
 def test_rkd_cannot_be_split() -> None:

@@ -55,3 +55,22 @@ def test_a_method_without_its_teacher_is_one_problem(tmp_path: Path) -> None:
     config = same_size(tmp_path, {"name": "slkd", "clean_weights": "nosuch.pth"})
     [problem] = check(config, ["teacher=null"])[0]
     assert "method slkd needs a teacher" in problem
+
+
+def test_what_is_no_config_is_said_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = tiny(tmp_path)
+    tree["train"]["stepz"] = 3
+    for path in (write_yaml(tmp_path, tree), tmp_path / "broken.yaml"):
+        (tmp_path / "broken.yaml").write_text("train: [")
+        [problem], notes = check(path)
+        assert ("stepz: unknown key" if path.name == "scratch.yaml" else "broken.yaml") in problem
+        assert notes == []
+        assert main(["train", str(path)]) == 2
+        assert problem in capsys.readouterr().err
+
+
+def test_taps_are_checked_also_beside_weights_that_do_not_load(tmp_path: Path) -> None:
+    overrides = ["teacher.weights=nosuch.pth", "teacher.taps={a: nowhere}"]
+    weights, taps = check(write_yaml(tmp_path, tiny(tmp_path, "output")), overrides)[0]
+    assert "nosuch.pth: there are no weights" in weights
+    assert taps.startswith("teacher.taps: tap a: there is no module nowhere")

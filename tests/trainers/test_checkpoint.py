@@ -63,7 +63,10 @@ def test_saving_a_step_twice(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=5)
     save(checkpoints, 1)
     save(checkpoints, 2)
-    save(checkpoints, 2)
+    before = (tmp_path / "step-000002" / "state.pt").stat().st_ino
+    save(checkpoints, 2, best=True)
+    assert (tmp_path / "step-000002" / "state.pt").stat().st_ino == before
+    assert checkpoints.best() == tmp_path / "step-000002"
     (tmp_path / "last").write_text("step-000001\n")
     (tmp_path / "step-000002" / "student.safetensors").write_bytes(b"from before the kill")
     save(checkpoints, 2)
@@ -93,6 +96,28 @@ def test_a_full_disk_leaves_the_previous_one(tmp_path: Path) -> None:
     assert checkpoints.last() == tmp_path / "checkpoints" / "step-000001"
     save(checkpoints, 2, size=1_000_000)
     assert checkpoints.last() == tmp_path / "checkpoints" / "step-000002"
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SaveFailed, match="There is no earlier checkpoint"):
+        save(Checkpoints(tmp_path / "file" / "checkpoints", keep=2), 1)
+
+
+def test_all_of_a_checkpoint_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files and the folders that name them, also when the power goes."""
+    synced: set[int] = set()
+    sync = os.fsync
+
+    def recorded(file: int) -> None:
+        synced.add(os.fstat(file).st_ino)
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    save(Checkpoints(tmp_path, keep=2), 1, best=True)
+    written = [tmp_path, *tmp_path.rglob("*")]
+    assert {path.name for path in written if path.stat().st_ino not in synced} == set()
+    assert len(written) == 6
 
 
 def save_in_a_process_killed_at(moment: int, folder: Path) -> int:
@@ -144,6 +169,21 @@ def test_a_broken_checkpoint_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "step-000001" / "state.pt").write_bytes(b"no state")
     with pytest.raises(InputError, match="cannot be read as a checkpoint"):
         read_checkpoint(tmp_path / "step-000001")
+
+
+def test_a_damaged_checkpoint_says_from_which_to_go_on(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    with pytest.raises(InputError, match="has no checkpoint yet"):
+        checkpoints.read_last()
+    for step, instead in ((1, "there is no earlier one"), (2, r"remove .*step-000002 to go on from step-000001")):
+        save(checkpoints, step)
+        path, weights, state = checkpoints.read_last()
+        assert (path.name, list(weights), state["step"]) == (f"step-00000{step}", ["student"], step)
+        content = (path / "state.pt").read_bytes()
+        (path / "state.pt").write_bytes(b"no state")
+        with pytest.raises(InputError, match=instead):
+            checkpoints.read_last()
+        (path / "state.pt").write_bytes(content)
 
 
 def test_temporary_files_stay_in_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,16 @@ def test_alike_runs_have_no_warning(fake_run, tmp_path: Path) -> None:
     assert "differ in more" not in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_runs_that_took_about_as_long_have_no_words_on_equal_time(fake_run, tmp_path: Path) -> None:
+    for other, told in ((60.5, False), (63.0, True)):
+        runs = [fake_run(name, seconds=s, folder=f"{name}-{other}") for name, s in (("scratch", 60.0), ("facd", other))]
+        remarks = result(runs, tmp_path / f"out-{other}")["remarks"]
+        assert any(text.startswith("At equal training time") for text in remarks) == told
+        assert remarks[0].startswith(
+            "Mean PSNR over 2 images by protocol sr-y; bicubic 29.87 dB, teacher 31.71 dB. Each run: "
+        )
+
+
 def test_another_teacher_is_listed(fake_run, tmp_path: Path) -> None:
     runs = [fake_run("scratch", teacher=False), fake_run("output"), fake_run("facd")]
     changed = json.loads((runs[2] / "result.json").read_text())
@@ -216,6 +226,17 @@ def test_one_seed_is_no_claim(fake_run, tmp_path: Path) -> None:
     assert not any("Against scratch" in text for text in found["remarks"])
 
 
+def test_without_a_baseline_nothing_is_paired(fake_run, tmp_path: Path) -> None:
+    runs = [fake_run("facd", folder=name) for name in ("weak", "strong")]
+    for run, weight in zip(runs, (0.1, 1.0), strict=True):
+        settings = {"name": run.name, "method": {"name": "facd", "weights": {"contrast": weight}}}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    found = result(runs, tmp_path / "out")
+    assert found["paired"] == {"photos": {}}
+    assert found["missing_baselines"] == ["scratch", "output"]
+    assert "Paired differences" not in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_seeds_that_only_one_arm_has_are_not_paired(seeded: list[Path], tmp_path: Path) -> None:
     found = result(seeded[:-1], tmp_path / "out")  # output lacks seed 2
     assert found["differences"] == ["seeds: scratch 0, 1, 2; output 0, 1; facd 0, 1, 2"]
@@ -231,6 +252,13 @@ def test_equal_seconds_are_those_of_the_quickest_run(seeded: list[Path], tmp_pat
     assert facd["at_equal_seconds"]["0"] == pytest.approx(dict(run.validation("photos", "step"))[2000])
     gain = found["paired_at_equal_seconds"]["photos"]["facd"]["scratch"]
     assert gain["mean"] < found["paired"]["photos"]["facd"]["scratch"]["mean"]
+
+
+def test_a_run_without_a_validation_by_then_has_no_value(fake_run, tmp_path: Path) -> None:
+    found = result([fake_run("scratch", seconds=40.0), fake_run("facd", seconds=600.0)], tmp_path / "out")
+    assert any("scratch 31.24 dB, facd not yet validated" in text for text in found["remarks"])
+    assert found["paired_at_equal_seconds"] == {"photos": {}}
+    assert rows_of(tmp_path / "out")["facd"]["PSNR after 40 s"] == "not yet validated"
 
 
 def test_report_shows_spread_band_and_pairs(seeded: list[Path], tmp_path: Path) -> None:
@@ -253,6 +281,29 @@ def test_markdown_is_a_table_to_paste(seeded: list[Path], tmp_path: Path) -> Non
     assert "not applicable: same-size tasks only" in table[-1]
 
 
+def rows_of(folder: Path) -> dict[str, dict[str, str]]:
+    """The table of comparison.md: first cell -> head -> cell."""
+    lines = (folder / "comparison.md").read_text().splitlines()
+    heads, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|"))
+    return {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
+
+
+def test_markdown_says_where_runs_stood_at_equal_seconds(seeded: list[Path], tmp_path: Path) -> None:
+    stood = result(seeded, tmp_path / "out")["sets"]["photos"]["facd"]["at_equal_seconds"].values()
+    rows = rows_of(tmp_path / "out")
+    assert list(rows) == ["bicubic", "teacher", "scratch", "output", "facd"]
+    assert rows["facd"]["PSNR after 40 s"] == f"{statistics.mean(stood):.2f}"
+    assert (rows["teacher"]["PSNR (dB)"], rows["teacher"]["SSIM"]) == ("31.71", "0.9201")
+
+
+def test_markdown_of_single_seeds_without_a_teacher(fake_run, tmp_path: Path) -> None:
+    compare([fake_run("scratch", psnr=31.15, teacher=False), fake_run("facd", teacher=False)], tmp_path / "out")
+    rows = rows_of(tmp_path / "out")
+    assert list(rows) == ["bicubic", "scratch", "facd"]
+    (against,) = (cell for head, cell in rows["facd"].items() if head.startswith("against scratch"))
+    assert against == "+0.090, n = 1"
+
+
 def test_runs_of_one_method_with_other_settings_are_told_apart_by_name(fake_run, tmp_path: Path) -> None:
     runs = [fake_run("facd", folder=f"{name}-seed{seed}", seed=seed) for name in ("weak", "strong") for seed in (0, 1)]
     for run in runs:
@@ -260,6 +311,20 @@ def test_runs_of_one_method_with_other_settings_are_told_apart_by_name(fake_run,
         settings = {"name": run.name, "method": {"name": "facd", "weights": {"contrast": weight}}}
         (run / "config.yaml").write_text(yaml.safe_dump(settings))
     assert list(result([*runs, fake_run("scratch")], tmp_path / "out")["arms"]) == ["scratch", "weak", "strong"]
+
+
+def test_runs_without_names_of_seeds_are_called_by_their_first_then_by_their_folder(fake_run, tmp_path: Path) -> None:
+    for names, labels in (({}, ["a0", "b0"]), ({"name": "same"}, None)):
+        where = tmp_path / f"named-{bool(names)}"
+        runs = [fake_run("facd", folder=f"{where.name}/{a}{seed}", seed=seed, **names) for a in "ab" for seed in (0, 1)]
+        for run in runs:
+            if not names:
+                found = json.loads((run / "result.json").read_text())
+                (run / "result.json").write_text(json.dumps(found | {"name": run.name}))
+            method = {"name": "facd", "weights": {"contrast": 0.1 if run.name.startswith("a") else 1.0}}
+            (run / "config.yaml").write_text(yaml.safe_dump({"method": method}))
+        arms = list(result(runs, tmp_path / f"out-{bool(names)}")["arms"])
+        assert arms == (labels or [str(where / "a0"), str(where / "b0")])
 
 
 def test_scratch_is_the_judge_and_not_its_sliced_start(fake_run, tmp_path: Path) -> None:

@@ -25,7 +25,16 @@ from trainers.data.images import read_image, stored_size, to_float, write_png
 from trainers.data.loader import batches
 from trainers.data.pairs import Pairs
 from trainers.data.resize import imresize
-from trainers.data.sets import TrainSet, cut, open_train_set, open_val_set, train_problems, val_problems
+from trainers.data.sets import (
+    TrainSet,
+    cut,
+    open_train_set,
+    open_val_set,
+    shuffled,
+    train_problems,
+    val_problems,
+    window,
+)
 from trainers.errors import InputError
 from trainers.metrics import PROTOCOLS
 
@@ -99,6 +108,21 @@ def test_an_epoch_is_shuffled_without_replacement_by_area(tmp_path: Path) -> Non
         orders.append(tuple(owner[tuple((lq[:, 0, 0] * 255).round().int().tolist())] for lq in batch))
     assert all(Counter(order) == {0: 4, 1: 2, 2: 1} for order in orders)
     assert len(set(orders)) > 10
+
+
+def test_each_seed_has_an_order_of_its_own() -> None:
+    assert len({tuple(shuffled(seed, epoch, 50)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+@given(st.tuples(st.integers(1, 6), st.integers(-7, 7), st.integers(1, 9)), st.data())
+def test_a_window_is_mirrored_beyond_the_border(rows: tuple[int, int, int], data: st.DataObject) -> None:
+    columns = data.draw(st.tuples(st.integers(1, 6), st.integers(-7, 7), st.integers(1, 9)))
+    (height, top, h), (width, left, w) = rows, columns
+    image = np.arange(2 * height * width).reshape(2, height, width)
+    wide = np.pad(image, ((0, 0), (20, 20), (20, 20)), mode="symmetric")
+    np.testing.assert_array_equal(
+        window(image, top, left, h, w), wide[:, 20 + top : 20 + top + h, 20 + left : 20 + left + w]
+    )
 
 
 def test_epochs_do_not_depend_on_how_steps_cut_them(tmp_path: Path) -> None:

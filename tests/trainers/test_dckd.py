@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from tests.trainers.stand_ins import KEY, B, images, losses_of, make, network
 from trainers.methods import Batch, Run
@@ -160,3 +161,49 @@ def test_degradations(options: dict[str, float]) -> None:
     if options.get("blur"):
         flat = degrade(torch.full((3, 8, 8), 0.25), Negatives.model_validate(options), torch.Generator().manual_seed(0))
         torch.testing.assert_close(flat, torch.full((3, 8, 8), 0.25))
+
+
+def many(image: Tensor, count: int = 200, **options: float) -> list[Tensor]:
+    """Copies degraded by one operation alone."""
+    chosen = Negatives.model_validate({"noise": 0.0, **options})
+    return [degrade(image, chosen, torch.Generator().manual_seed(seed)) for seed in range(count)]
+
+
+def test_noise_has_deviations_of_1_to_30_and_is_clipped() -> None:
+    made = many(torch.full((3, 24, 24), 0.5), noise=1.0, grey=0.0)
+    deviations = torch.stack([255 * (copy - 0.5).std() for copy in made])
+    assert 0.9 < deviations.min() < 3
+    assert 28 < deviations.max() < 33
+    assert all(not torch.equal(copy[0], copy[2]) for copy in made)
+    bright = many(torch.ones(3, 24, 24), 8, noise=1.0)
+    assert all(copy.max() == 1 and copy.min() >= 0 for copy in bright)
+
+
+def test_blur_has_deviations_of_up_to_2_along_each_axis_by_itself() -> None:
+    """Of the image of a point, whose variance along an axis is the kernel's."""
+    point, place = torch.zeros(3, 31, 31), torch.arange(31) - 15.0
+    point[:, 15, 15] = 1
+    made = many(point, blur=1.0)
+    spread = torch.stack([torch.stack([copy[0].sum(dim=axis) @ place**2 for axis in (1, 0)]) for copy in made])
+    torch.testing.assert_close(torch.stack([copy.sum() for copy in made]), torch.full((len(made),), 3.0))
+    assert (spread.amin(dim=0) < 0.1).all()
+    assert (spread.amax(dim=0) > 2.5).all()
+    assert spread.max() < 4
+    assert torch.corrcoef(spread.T)[0, 1].abs() < 0.3
+
+
+def test_resizes_reach_from_half_to_one_and_a_half(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+
+    def recorded(image: Tensor, size: list[int], mode: str) -> Tensor:
+        sizes.append((size[0], size[1]))
+        return interpolate(image, size, mode=mode)
+
+    monkeypatch.setattr("trainers.methods.negatives.interpolate", recorded)
+    many(torch.rand(3, 40, 20), resize=1.0)
+    there, back = sizes[::2], sizes[1::2]
+    assert set(back) == {(40, 20)}
+    heights = [height for height, _ in there]
+    assert all(abs(height - 2 * width) <= 1 for height, width in there)
+    assert 20 <= min(heights) <= 22 < 58 <= max(heights) <= 60
+    assert sum(height > 40 for height in heights) / len(heights) == pytest.approx(0.25, abs=0.1)

@@ -24,6 +24,7 @@ from trainers.data.sets import TrainSet, open_train_set, open_val_set
 from trainers.errors import InputError
 
 Image = npt.NDArray[np.float32]
+Points = npt.NDArray[np.float64]
 
 RANDOM_ONES: list[AnyDegradation] = [Noise(), Noise(sigma=[0.0, 50.0]), Rain(), MotionBlur(), GaussianBlur()]
 
@@ -55,6 +56,16 @@ def test_an_input_is_a_function_of_seed_step_and_index(tmp_path: Path, degradati
     lq, gt = first.samples(7, 1, [2, 3])
     assert torch.equal(lq[0], expected[7, 1, 2][0])
     assert torch.equal(gt[1], expected[7, 1, 3][1])
+
+
+def test_chance_is_drawn_anew_for_each_sample_and_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is drawn itself: inputs minus ground truths differ by their rounding, also under one and the same noise."""
+    monkeypatch.setattr(Noise, "degrade", lambda self, image, random: torch.full_like(image, random.random()))
+    samples = opened(tmp_path, Noise())
+    keys = list(itertools.product((0, 7), (0, 1), range(4)))
+    assert len({samples.sample(*key)[0][0, 0, 0].item() for key in keys}) == len(keys)
+    found = open_val_set(ValSet(name="a", gt=f"{tmp_path}/gt", degradation=Noise()), 1)
+    assert len({pair.lq[0, 0, 0].item() for pair in found}) == len(found) == 2
 
 
 def test_the_ground_truth_does_not_depend_on_the_degradation(tmp_path: Path) -> None:
@@ -265,13 +276,6 @@ def test_straight_motion_has_its_length_and_any_direction() -> None:
     assert abs(np.exp(1j * np.array(angles)).mean()) < 0.25
 
 
-@pytest.mark.parametrize("sigma", [0.0, 0.7, 2.5])
-def test_gaussian_kernels_have_their_width(sigma: float) -> None:
-    kernel = gaussian(sigma, 12)
-    assert kernel.sum() == pytest.approx(1, abs=1e-12)
-    assert ((np.arange(-12, 13)) ** 2 * kernel).sum() == pytest.approx(sigma**2, rel=0.02)
-
-
 @pytest.mark.parametrize("degradation", [MotionBlur(), GaussianBlur()], ids=repr)
 def test_blur_keeps_the_mean_and_flat_images(tmp_path: Path, degradation: MotionBlur | GaussianBlur) -> None:
     margin = degradation.margin()
@@ -324,6 +328,52 @@ def test_replicate_gives_the_shipped_inputs(shared_data: Path, dataset: str, sca
     made = ValSet(name="b", gt=f"{folder}/HR", degradation=Bicubic(border="replicate"))
     pairs = zip(open_val_set(shipped, scale), open_val_set(made, scale), strict=True)
     assert all(torch.equal(one.lq, two.lq) for one, two in itertools.islice(pairs, 4))
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.7, 1.0, 2.5, 4.0])
+def test_a_gaussian_has_its_deviation_and_is_cut_off_at_four(sigma: float) -> None:
+    reach = GaussianBlur(sigma=sigma).margin()
+    weights = gaussian(sigma, reach)
+    assert len(weights) == 2 * reach + 1
+    assert weights.sum() == pytest.approx(1, abs=1e-12)
+    assert weights @ np.arange(-reach, reach + 1) ** 2 == pytest.approx(sigma**2, rel=0.02)
+    np.testing.assert_allclose(weights, gaussian(sigma, reach + 3)[3:-3])
+
+
+def drawn_points(monkeypatch: pytest.MonkeyPatch, degradation: str) -> list[tuple[Points, Points]]:
+    """The rows and columns of the points that a degradation draws from now on."""
+    found: list[tuple[Points, Points]] = []
+
+    def recorded(rows: Points, columns: Points, mass: Points, height: int, width: int) -> Points:
+        found.append((rows, columns))
+        return splat(rows, columns, mass, height, width)
+
+    monkeypatch.setattr(f"trainers.data.degradations.{degradation}.splat", recorded)
+    return found
+
+
+@pytest.mark.parametrize("bend", [0.0, 30.0, 90.0])
+def test_a_path_turns_by_its_bend_from_end_to_end(monkeypatch: pytest.MonkeyPatch, bend: float) -> None:
+    paths = drawn_points(monkeypatch, "blur")
+    for seed in range(400):
+        MotionBlur(length=20.0, bend=bend).kernel(random(seed))
+    turned = []
+    for rows, columns in paths:
+        directions = np.unwrap(np.arctan2(np.diff(rows), np.diff(columns)))
+        turned.append(np.rad2deg(directions[-1] - directions[0]))
+    assert np.std(turned) == pytest.approx(bend, rel=0.12, abs=1e-6)
+
+
+@pytest.mark.parametrize("spread", [0.0, 6.0])
+def test_streaks_spread_around_the_wind(monkeypatch: pytest.MonkeyPatch, spread: float) -> None:
+    drawn = drawn_points(monkeypatch, "rain")
+    Rain(density=100.0, angle=25.0, spread=spread).streaks(100, 100, random())
+    [(rows, columns)] = drawn
+    down, right = ((axis[:, -1, 0] - axis[:, 0, 0]) for axis in (rows, columns))
+    angles = np.rad2deg(np.arctan2(right, down))
+    assert len(angles) > 1000
+    assert angles.mean() == pytest.approx(25.0, abs=0.6)
+    assert angles.std() == pytest.approx(spread, rel=0.1, abs=1e-6)
 
 
 # --- grey ---

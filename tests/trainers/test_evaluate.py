@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.trainers.tiny import tiny, write_images, write_yaml
 from trainers.config import ValSet
+from trainers.config_file import load_config
 from trainers.data.images import read_image
 from trainers.data.resize import imresize
 from trainers.data.sets import ValPair, open_val_set
@@ -17,6 +19,7 @@ from trainers.errors import InputError
 from trainers.evaluate import bicubic, count_macs, count_parameters, evaluate
 from trainers.metrics import PROTOCOLS, psnr, rgb_to_y, ssim
 from trainers.models.edsr import EDSR, EDSROptions
+from trainers.validation import Validation
 
 SR_Y = PROTOCOLS["sr-y"]
 REFERENCE = [("set5", 2), ("set5", 3), ("set5", 4), ("set14", 2), ("set14", 3), ("set14", 4), ("b100", 4)]
@@ -169,3 +172,13 @@ def test_macs_of_a_large_network_take_no_memory() -> None:
     """EDSR baseline at 1280x720 output: 316.3 G multiply-accumulates, the figure that SR papers quote."""
     network = EDSR(EDSROptions(scale=2))
     assert count_macs(network, (1, 3, 360, 640)) == pytest.approx(316.3e9, rel=1e-3)
+
+
+def test_what_a_set_is_described_by_is_what_its_numbers_depend_on(tmp_path: Path) -> None:
+    tree = tiny(tmp_path)
+    write_images(tmp_path / "lq", 1, (20, 24))
+    for lq, made in ((None, "bicubic"), ("lq", None)):
+        tree["data"]["val"][0]["lq"] = lq
+        found = Validation(load_config(write_yaml(tmp_path, tree)), torch.device("cpu")).described["val"]
+        assert (found["degradation"] and found["degradation"]["name"]) == made
+        assert (found["protocol"], found["grey"]) == ("sr-y", False)

@@ -152,6 +152,15 @@ def test_a_run_learns_and_leaves_everything(tmp_path: Path) -> None:
         assert (run / name).stat().st_size > 0
 
 
+def test_so_many_images_are_saved(tmp_path: Path) -> None:
+    tree = tiny(tmp_path, steps=1)
+    write_images(tmp_path / "val", 3, seed=9)
+    tree["val"]["save_images"] = 2
+    assert main(["train", str(write_yaml(tmp_path, tree))]) == 0
+    found = {path.name for path in (tmp_path / "runs" / "scratch" / "images" / "val").iterdir()}
+    assert found == {f"image{index}_{who}.png" for index in (0, 1) for who in ("lq", "gt", "bicubic", "student")}
+
+
 def test_bf16_trains_with_float32_weights_and_losses(tmp_path: Path) -> None:
     config = write_tiny(tmp_path, "facd", steps=20, lr=5e-3, precision="bf16")
     assert main(["train", str(config)]) == 0
@@ -244,3 +253,17 @@ def test_the_average_is_its_formula() -> None:
         decay = min(0.3, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
     torch.testing.assert_close(ema.network.weight, expected)
+
+
+def test_the_average_has_the_buffers_of_the_weights_and_no_graph() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    average = EMA(network, 0.9)
+    for step in range(3):
+        network(torch.rand(2, 3, 5, 5))
+        before = [buffer.clone() for buffer in network.buffers()]
+        average.update(step)
+        assert all(map(torch.equal, network.buffers(), before))
+        assert all(map(torch.equal, average.network.buffers(), before))
+    assert not average.network.training
+    assert not any(weight.requires_grad for weight in average.network.parameters())

@@ -27,12 +27,36 @@ def test_numbers_and_ramps() -> None:
     assert [weights.at(step)["pixel"] for step in (0, 100)] == [2.0, 2.0]
 
 
+def test_a_weight_that_falls_stays_where_it_ends() -> None:
+    class Falling(Section):
+        pixel: Weight = 1.0
+        falls: Weight = Fixed(value=3.0, final=1.0, decay=4)
+        both: Weight = Fixed(value=3.0, final=1.0, decay=4, ramp=2)
+
+    found = [LossWeights(Falling()).at(step) for step in (0, 1, 3, 4, 100)]
+    assert [weights["falls"] for weights in found] == [2.5, 2.0, 1.0, 1.0, 1.0]
+    assert [weights["both"] for weights in found] == [1.25, 2.0, 1.0, 1.0, 1.0]
+
+
 def test_a_share_is_held() -> None:
     weights = LossWeights(Terms())
     assert weights.at(0)["share"] == 0  # nothing is known of its gradient yet
     weights.update({"pixel": 0.5, "fixed": 1.0, "share": 20.0})
     assert weights.at(9)["share"] * 20.0 / (2.0 * 0.5) == pytest.approx(0.1)
     assert weights.shares(9) == pytest.approx({"fixed": 3.0 * 1.0 / (2.0 * 0.5), "share": 0.1})
+
+
+def test_a_share_rises_and_is_none_of_a_pixel_term_that_is_off() -> None:
+    class Off(Section):
+        pixel: Weight = Fixed(value=1.0, final=0.0, decay=4)
+        share: Weight = Share(share=0.1, ramp=2)
+
+    weights = LossWeights(Off())
+    weights.update({"pixel": 1.0, "share": 4.0})
+    assert weights.at(0)["share"] == pytest.approx(0.1 * (1 / 2) * 0.75 / 4)
+    assert weights.at(1)["share"] == pytest.approx(0.1 * 0.5 / 4)
+    assert weights.at(4) == {"pixel": 0.0, "share": 0.0}
+    assert weights.shares(4) == {}
 
 
 def test_a_term_without_gradient_keeps_its_weight() -> None:

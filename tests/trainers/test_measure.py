@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.trainers.test_restore import evaluated, weights
-from tests.trainers.tiny import write_images
+from tests.trainers.tiny import tiny, write_images, write_yaml
 from trainers.cli import main
 from trainers.measure import print_measured
 
@@ -64,15 +64,43 @@ def test_what_is_refused(
     assert said in capsys.readouterr().err
 
 
+def test_an_ensemble_is_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, given = weights(tmp_path, scale=2), write_images(tmp_path / "in", 1)
+    plain, averaged = (evaluated(capsys, source, "--data", given, *more) for more in ([], ["--ensemble"]))
+    assert (plain["ensemble"], averaged["ensemble"]) == (False, True)
+    assert plain["sets"]["in"]["bicubic"] == averaged["sets"]["in"]["bicubic"]
+    assert plain["sets"]["in"]["network"]["psnr"] != averaged["sets"]["in"]["network"]["psnr"]
+
+
+def test_a_run_is_measured_on_another_task_as_that_task_has_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tiny(tmp_path, steps=1) | {"task": "denoise", "student": {"arch": "dncnn", "features": 4, "depth": 3}}
+    tree["data"]["degradation"] = {"name": "noise", "sigma": 50.0}
+    tree["data"]["val"][0]["degradation"] = {"name": "noise", "sigma": 5.0}
+    assert main(["train", str(write_yaml(tmp_path, tree))]) == 0
+    run = tmp_path / "runs" / "scratch"
+    for task, protocol, degradation in (("denoise", "denoise-rgb", "noise"), ("deblur", "deblur-rgb", "motion_blur")):
+        found = evaluated(capsys, run, "--task", task)
+        assert (found["protocol"], found["degradations"]["val"]["name"]) == (protocol, degradation)
+        assert found["degradations"]["val"].get("sigma", 5.0) == 5.0
+    assert main(["eval", str(run), "--task", "dehaze"]) == 2
+    assert "task dehaze makes no inputs by itself: give --lq or --degradation" in capsys.readouterr().err
+
+
 def test_the_table_is_whole_however_narrow_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     image = dict.fromkeys(("psnr", "ssim", "piqe", "brisque"), 36.84567)
     scores = image | {"per_image": {"photo[copy]": image}}
+    better = {"psnr": 39.5, "per_image": {"photo[copy]": image | {"psnr": 40.5}}}
     measured = {"weights": "my[red].pth", "arch": "edsr", "options": {}, "protocol_text": "sr-y", "baseline": "bicubic"}
-    print_measured(measured | {"sets": {"val": {"bicubic": scores, "network": scores}}}, as_json=False)
+    print_measured(measured | {"sets": {"val": {"bicubic": scores, "network": scores | better}}}, as_json=False)
     said = capsys.readouterr().out
     assert "my[red].pth" in said
     row = next(line for line in said.splitlines() if "photo[copy]" in line)
-    assert [row.count(number) for number in ("36.846", "36.8457", "36.85")] == [2, 2, 4]
+    assert [row.count(number) for number in ("36.846", "36.8457", "36.85")] == [1, 2, 4]
+    assert row.index("36.846") < row.index("40.500")  # the baseline before the network
+    mean = next(line for line in said.splitlines() if "mean" in line)
+    assert mean.index("36.846") < mean.index("39.500")

@@ -81,6 +81,26 @@ def test_facd_cosine_distance() -> None:
     torch.testing.assert_close(facd_losses(distance="cosine")["contrast"], by_hand(term, apart).mean())
 
 
+def test_facd_cosine_distance_beside_a_temperature() -> None:
+    """Where the size of a distance counts: 1 - cos itself."""
+
+    def term(positive: Tensor, negatives: list[Tensor]) -> Tensor:
+        return positive / 0.5 + torch.stack([-positive / 0.5, *(-d / 0.5 for d in negatives)]).logsumexp(dim=0)
+
+    def apart(u: Tensor, v: Tensor) -> Tensor:
+        return 1 - (u * v).sum() / (u.norm() * v.norm())
+
+    losses = facd_losses(form="infonce", distance="cosine", temperature=0.5)
+    torch.testing.assert_close(losses["contrast"], by_hand(term, apart).mean())
+
+
+@pytest.mark.parametrize("negatives", [3, 4, 9])
+def test_facd_takes_all_others_where_no_more_are_there(negatives: int) -> None:
+    batch = Batch(images(3), images(0), key=(1, 5))
+    found = build(FACDOptions(name="facd", negatives=negatives)).others(batch, B)
+    assert torch.equal(found, ~torch.eye(B, dtype=torch.bool))
+
+
 def test_facd_draws_negatives_that_do_not_depend_on_the_split() -> None:
     method = build(FACDOptions(name="facd", negatives=2))
     whole = method.others(Batch(images(3), images(0), slice(0, 4), key=(1, 5)), 8)
@@ -101,6 +121,7 @@ def test_facd_adapts_to_a_weak_teacher() -> None:
     torch.testing.assert_close(adaptive["contrast"], every[1::2].sum() / B)
     torch.testing.assert_close(always["contrast"], every.mean())
     assert teacher_is_better(images(1), imitated, images(0)).tolist() == [0, 1, 0, 1]
+    assert not teacher_is_better(images(1), images(1), images(0)).any()
 
 
 @pytest.mark.parametrize("form", ["ratio", "infonce"])

@@ -90,11 +90,13 @@ def test_a_config_that_overrules_what_weights_were_trained_with_is_noted(
 ) -> None:
     config, weights = write_tiny(tmp_path, "output"), checkpoint(run)
     teacher = f"teacher={{arch: edsr, features: 4, blocks: 3, res_scale: 0.3, weights: {weights}}}"
-    assert main(["check", str(config), "--set", teacher]) == 0
-    assert (
+    note = (
         f"note: teacher.weights: {weights} was trained with res_scale 0.1; taken is res_scale 0.3, as the config says"
-        in capsys.readouterr().out
     )
+    assert main(["check", str(config), "--set", teacher]) == 0
+    assert note in capsys.readouterr().out
+    assert main(["train", str(config), "--set", teacher, "--set", "train.steps=1"]) == 0
+    assert note in capsys.readouterr().out
     assert main(["check", str(config), "--set", teacher.replace("0.3", "0.1")]) == 0
     assert "note" not in capsys.readouterr().out
 

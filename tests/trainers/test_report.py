@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from trainers import crops
@@ -156,6 +159,30 @@ def test_worst_windows_are_where_bicubic_errs_and_do_not_overlap() -> None:
     assert first.left + first.size >= 50
     assert second.top > 100
     assert second.left > 200
+
+
+@settings(max_examples=10)
+@given(st.integers(40, 140), st.integers(40, 140), st.sampled_from([1, 2, 3, 4]), st.sampled_from([(1, 0), (0, -1)]))
+@example(140, 110, 2, (1, 0))
+@example(140, 110, 2, (-1, 0))
+@example(110, 140, 2, (0, 1))
+@example(110, 140, 2, (0, -1))
+def test_windows_are_the_worst_that_do_not_overlap(height: int, width: int, scale: int, slope: tuple[int, int]) -> None:
+    """Against a search over the whole grid, on errors that grow to one side; where no second fits beside the first there is none."""
+    rows, columns = (np.arange(side // scale * scale) for side in (height, width))
+    growing = 120 + 0.8 * (slope[0] * (rows - rows.mean())[:, None] + slope[1] * (columns - columns.mean())[None, :])
+    noise = np.random.default_rng(0).integers(0, 40, (*growing.shape, 3))
+    gt = (growing[:, :, None] + noise).clip(0, 255).astype(np.uint8)
+    error = np.square(gt.astype(float)).mean(axis=2)
+    size = min(crops.WINDOW, *gt.shape[:2]) // scale * scale
+    places = itertools.product(*(range(0, side - size + 1, scale) for side in gt.shape[:2]))
+    sums = {(top, left): error[top : top + size, left : left + size].sum() for top, left in places}
+    found = crops.worst_windows(np.zeros_like(gt), gt, scale)
+    for window in found:
+        assert window.size == size
+        assert sums[window.top, window.left] == pytest.approx(max(sums.values()))
+        sums = {k: v for k, v in sums.items() if max(abs(k[0] - window.top), abs(k[1] - window.left)) >= size}
+    assert len(found) == 2 or not sums
 
 
 def test_error_map_is_amplified_and_black_where_images_agree() -> None:

@@ -102,6 +102,23 @@ def test_adaptive_sigma_reads_the_same_whatever_the_distance() -> None:
     assert SKDOptions(name="skd").indivisible is None
 
 
+def test_no_gradient_passes_through_an_adaptive_sigma() -> None:
+    distances = [torch.rand(B, dtype=torch.float64, requires_grad=True) for _ in TAPS]
+    skd(sigma="adaptive").of_distances(distances).backward()
+    for distance in distances:
+        variance = distance.detach().mean()
+        expected = (-distance.detach() / (2 * variance)).exp() / (2 * variance) / (B * len(TAPS))
+        torch.testing.assert_close(distance.grad, expected)
+
+
+def test_a_constant_tap_has_a_sigma() -> None:
+    """A dead one too: its variance is 0, or less by a rounding."""
+    method = make("skd")
+    constant = {name: torch.full_like(tap, 0.1) for name, tap in taps(0).items()}
+    method.calibrate([(images(0)[:1], images(0)[:1])], {"teacher": lambda x: (x, constant)})
+    assert method.sigmas == pytest.approx([1e-6] * len(TAPS))
+
+
 def test_a_number_is_the_sigma_of_all_taps() -> None:
     assert skd(sigma=0.5).widths(len(TAPS)) == [0.5] * len(TAPS)
 
@@ -154,6 +171,10 @@ def test_max_tokens_pools_before_the_attention_between_positions() -> None:
     assert skd(max_tokens=4).pooled(taps(1)["t1"]).shape[2:] == (2, 2)
     assert losses(skd(max_tokens=9))["spatial"] == losses(skd())["spatial"]
     assert losses(skd(max_tokens=4))["spatial"] != losses(skd())["spatial"]
+
+
+def test_a_thin_map_is_pooled_to_one_row() -> None:
+    assert skd(max_tokens=4).pooled(torch.rand(1, 2, 1, 100)).shape[2] == 1
 
 
 def test_sigmas_are_part_of_the_state() -> None:

@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from rich.console import Console
 
 from tests.trainers.test_every_method import config as tiny_config
-from tests.trainers.tiny import assert_same_state, last_state, metrics, write_teacher, write_tiny
+from tests.trainers.tiny import assert_same_state, last_state, metrics, tiny, write_teacher, write_tiny, write_yaml
 from trainers.cli import main
 from trainers.config import stages
 from trainers.config_file import load_config
@@ -126,6 +126,30 @@ def test_the_estimate_is_what_a_step_asks_for(tmp_path: Path, method: str) -> No
     assert sum(asked) == expected > 0
 
 
+def test_the_estimate_counts_the_steps_of_each_stage(tmp_path: Path) -> None:
+    tree = tiny(tmp_path, "output", steps=6)
+    tree["data"] |= {"schedule": [{"step": 2, "patch": 24, "batch": 2}, {"step": 3, "patch": 32, "batch": 2}]}
+    config = load_config(write_yaml(tmp_path, tree))
+    cache, folder = TeacherCache(tmp_path / "cache", limit=2**30), RunFolder.create(config)
+    loop = build_loop(Fabric(accelerator="cpu", devices=1), config, folder, resuming=False, cache=cache)
+    folder.close()
+    images = 2 * (4 * 16**2) + 1 * (2 * 24**2) + 3 * (2 * 32**2)  # steps, samples, pixels: no taps are asked for
+    assert expected_bytes(stages(config), loop.train_step, torch.device("cpu")) == images * 3 * 4
+    assert loop.train_step.training  # again, after what was tried
+
+
+def test_several_writers_share_the_limit(tmp_path: Path) -> None:
+    answer = (torch.zeros(1, 3, 16, 16), {"tap": torch.ones(1, 4, 8, 8)})
+    cache = TeacherCache(tmp_path / "one", limit=2**20)
+    cache.write("teacher/ab", answer)
+    room = 2 * cache.size
+    for writers, kept in ((2, 1), (3, 0)):
+        cache = TeacherCache(tmp_path / str(writers), limit=room, writers=writers)
+        for key in ("teacher/ab", "teacher/cd"):
+            cache.write(key, answer)
+        assert (len(list(cache.folder.rglob("*.answer"))), cache.refused) == (kept, 2 - kept)
+
+
 def test_the_folder_never_outgrows_its_limit(tmp_path: Path) -> None:
     answer = (torch.zeros(1, 3, 16, 16), {"tap": torch.ones(1, 4, 8, 8)})
     cache = TeacherCache(tmp_path, limit=8000)
@@ -155,7 +179,7 @@ def test_an_answer_keeps_its_memory_layout(tmp_path: Path) -> None:
     assert found[1]["view"].stride() == taps["view"].stride()
 
 
-def test_keys_tell_apart_what_may_change_the_answer(tmp_path: Path) -> None:
+def test_keys_tell_apart_what_may_change_the_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entry = find("edsr")
     options = entry.options(scale=2, features=4, blocks=1)
     network = entry.build(options)
@@ -168,6 +192,10 @@ def test_keys_tell_apart_what_may_change_the_answer(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     with torch.no_grad():
         next(network.parameters()).add_(1e-6)
+    teachers.append(CachedTeacher(tapped, "a", cache))
+    monkeypatch.setattr(torch, "__version__", "another")
+    teachers.append(CachedTeacher(tapped, "a", cache))
+    monkeypatch.setattr("inspect.getsource", lambda module: "other code")
     teachers.append(CachedTeacher(tapped, "a", cache))
     assert len({teacher.identity for teacher in teachers}) == len(teachers)
     x = torch.rand(2, 3, 8, 8)
