@@ -75,6 +75,9 @@ gpu "contract of Triton's kernels" 150 "$PYTHON" -m benchmarks.contract_gate 140
 wait $building || failed=1
 step info 30 "$PYTHON" -c 'import json, kdops; print(json.dumps(kdops.info(), indent=1))'
 gpu "contract of CUDA's kernels" 70 "$PYTHON" -m benchmarks.contract_gate 60 cuda
+# Float32 tiles of many channels: no sample of the contract has them, and no GPU had run them by 27 November 2026.
+gpu "channel attention, float32 of 64 and 180 channels" 40 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu \
+  -k float32_tiles tests/ops/test_channel_attention_triton.py
 wait $compiling
 
 # The goals of issue 8, each against its strongest rivals. Autotuning takes minutes a case: it comes last.
