@@ -62,7 +62,6 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
 KNOWN_SPILLS = {
     ("contrast", "_distances", "cuda:90", "float32", None): 24,
     ("contrast", "_distances", "cuda:80", "float32", None): 8,
-    ("affinity", "_tile_gradients", "cuda:90", "float32", 192): 156,
     ("affinity", "_tile_gradients", "cuda:100", "bfloat16", 64): 8,
     **{("spatial_attention", "_slopes", "cuda:90", dtype, 256): 80 for dtype in ("bfloat16", "float16")},
     **{("spatial_attention", "_attend", "cuda:90", dtype, 384): 32 for dtype in ("bfloat16", "float16")},

@@ -118,6 +118,10 @@ def tile_for(dtype: torch.dtype, *, gradients: bool) -> Tile:
     """Small enough that no register spills."""
     if dtype == torch.float32 and tiles.architecture() == "cuda:80":  # operands lie in registers, three times over
         return Tile(32, step_of(dtype), 8, 2) if gradients else Tile(64, step_of(dtype) // 2, 8, 2)
+    if dtype == torch.float32 and gradients and tiles.architecture() == "cuda:90":
+        return Tile(
+            32, step_of(dtype), 8, 2
+        )  # eight warps have no 64 rows each (spatial_attention/table.py), and four spill
     if dtype == torch.float32:
         return Tile(64, step_of(dtype), 8 if gradients else 4, 2)
     return Tile(64, step_of(dtype), 8, 2) if gradients else Tile(128, step_of(dtype), 8, 3)

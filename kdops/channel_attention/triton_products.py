@@ -212,12 +212,15 @@ def on_amd() -> bool:
 def gram_tile(channels: int, dtype: torch.dtype, grams: int) -> Tile:
     """Small enough that no register spills; of two sizes that one which leaves less of its last block empty."""
     most = 64 if dtype == torch.float32 or grams > 1 or on_amd() else 128
-    if dtype == torch.float32 and grams > 1 and tiles.architecture() == "cuda:80":
+    if dtype == torch.float32 and grams > 1 and tiles.architecture() in ("cuda:80", "cuda:90"):
         most = 32
     largest = min(most, max(16, triton.next_power_of_2(channels)))
     block = min((largest, max(16, largest // 2)), key=lambda size: (triton.cdiv(channels, size) * size, -size))
     if dtype == torch.float32:
-        return Tile(block, 32, 32, 8 if block == most else 4, 2)
+        apart = (
+            block == 64 and tiles.architecture() == "cuda:90"
+        )  # a warpgroup has rows of its own (spatial_attention/table.py)
+        return Tile(block, 32, 32, 8 if block == most and not apart else 4, 2)
     # On sm_80 and sm_100, and for four maps, ptxas spills registers of four warps.
     wide = block == 128 or (block == 64 and (grams == 3 or tiles.architecture() in ("cuda:80", "cuda:100")))
     if tiles.architecture() == "cuda:90" and grams == 2 and channels <= block:

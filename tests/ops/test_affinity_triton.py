@@ -37,6 +37,13 @@ def check(student: Tensor, teacher: Tensor, p: int, dtype: torch.dtype = torch.f
         assert relative_error(m, truth) <= 3 * relative_error(e, truth) + 8 * torch.finfo(dtype).eps
 
 
+def test_on_sm_90_every_warpgroup_has_rows_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of float32, as in spatial attention: of fewer than 64 rows there are no products of warpgroups."""
+    monkeypatch.setattr(tiles, "architecture", lambda: "cuda:90")
+    chosen = [kernels.tile_for(torch.float32, gradients=gradients) for gradients in (False, True)]
+    assert all(tile.side < 64 or tile.side >= 16 * tile.warps for tile in chosen)
+
+
 @pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_several_channels(p: int, dtype: torch.dtype) -> None:

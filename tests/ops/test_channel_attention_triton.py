@@ -17,7 +17,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 import kdops
 from kdops import tiles
 from kdops.channel_attention import triton_distance as kernels
-from kdops.channel_attention import triton_residual
+from kdops.channel_attention import triton_products, triton_residual
 from tests.contract import RecordOps, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -255,11 +255,20 @@ def test_forward_keeps_only_small_matrices() -> None:
     assert max(t.numel() for t in out) == 16
 
 
+@pytest.mark.parametrize("channels", [16, 48, 64, 180, 512])
+def test_on_sm_90_every_warpgroup_has_rows_of_its_own(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of float32, as in spatial attention: of fewer than 64 rows there are no products of warpgroups."""
+    monkeypatch.setattr(tiles, "architecture", lambda: "cuda:90")
+    chosen = [triton_products.gram_tile(channels, torch.float32, grams) for grams in (1, 2, 3)]
+    chosen.append(triton_products.mix_tile(channels, channels, torch.float32))
+    assert all(tile.block < 64 or tile.block >= 16 * tile.warps for tile in chosen)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("channels", [64, 180])
 def test_float32_tiles_of_many_channels(channels: int, form: str) -> None:
-    """Blocks of 64 channels, which no sample of the contract has: on sm_90 eight warps multiply 64 rows of float32."""
+    """Blocks of 64 channels, which no sample of the contract has."""
     maps = [drawn(1, channels, 300, seed=i) for i in range(4)]
     for distance in (False, True):
         check([maps[i] for i in FORMS[form][: 4 if distance else 3]], torch.float32, distance)
