@@ -107,7 +107,7 @@ FAILURES: dict[tuple[Case, str], str] = {}
 def steps(case: Case) -> dict[str, Callable[[], object]]:
     """Provider -> a training step of the case, all on the same networks."""
     config = case.config()
-    train_step = build(config, recompute=False)
+    train_step = build(config, recompute=False, patch=config.data.patch)
     optimizer = make_optimizer(config.train, train_step)
     return {
         provider: measure.synchronised(_step(train_step, config, case, backend, optimizer), DEVICE)

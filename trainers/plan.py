@@ -150,7 +150,7 @@ class Planner:
 
     def train_step(self, recompute: bool) -> TrainStep:
         if recompute not in self._steps:
-            self._steps[recompute] = build(self.config, recompute)
+            self._steps[recompute] = build(self.config, recompute, self.config.data.patch)
         return self._steps[recompute]
 
     def _predicted(self, point: Point, costs: StepCosts, shared: int) -> int:
@@ -258,8 +258,8 @@ def dynamic(costs: StepCosts, shared: int) -> int:
     return costs.weights + costs.trained + costs.optimizer + shared + costs.peak
 
 
-def build(config: Config, recompute: bool) -> TrainStep:
-    """The TrainStep, with real weights and no images."""
+def build(config: Config, recompute: bool, patch: int) -> TrainStep:
+    """The TrainStep, with real weights and no images; its adapters take their sizes from a patch."""
     from trainers.launch import build_step
     from trainers.randomness import seed_everything
     from trainers.slicing import build_student
@@ -267,7 +267,7 @@ def build(config: Config, recompute: bool) -> TrainStep:
     seed_everything(config.train.seed)
     update = {"train": config.train.model_copy(update={"recompute": recompute})}
     student = build_student(config)
-    blanks: Any = _Blanks(config, config.data.patch)
+    blanks: Any = _Blanks(config, patch)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return build_step(config.model_copy(update=update), student, blanks, device, calibrate=False)
 
@@ -381,7 +381,7 @@ def given(job: dict[str, Any]) -> tuple[Config, Point, TrainStep, Callable[[], N
 
     keep_memory()
     config, point = Config.model_validate(job["config"]), Point(**job["point"])
-    train_step = build(config, point.recompute)
+    train_step = build(config, point.recompute, point.patch)
     optimizer = make_optimizer(config.train, train_step)
     make_state(optimizer)
     return config, point, train_step, partial(training_step, train_step, config, point, optimizer)

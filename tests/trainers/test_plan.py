@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdops.dispatch import SPECS
 from tests.trainers.tiny import tiny, write_tiny, write_yaml
+from trainers import plan
 from trainers.cli import main
 from trainers.config import Config
 from trainers.config_file import load_config
@@ -104,7 +105,7 @@ def test_fake_tensors_cost_what_real_ones_cost(tmp_path: Path, method: str, back
 
     config = config_of(tmp_path, method)
     point = Point(16, 4, False, backend)
-    real, shared = run_parts(build(config, False), config, point)
+    real, shared = run_parts(build(config, False, point.patch), config, point)
     fake, fake_shared = Planner(config, 2**40).simulate(point)
     assert fake_shared == shared
     # Fake tensors take some operators apart (torch.cdist, indexing), which may make or spare a small result.
@@ -210,6 +211,15 @@ def test_what_is_the_same_on_both_backends_is_run_once(tmp_path: Path, monkeypat
         assert [plan.point.backend for plan in plans] == ["kdops", "reference"]
         assert {point.backend for point in run} == backends
         assert len(run) == len(set(run))
+
+
+def test_a_step_is_built_on_patches_of_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The networks' first forward, for the adapters, else takes a process of small steps to what the config's patch needs."""
+    sides = []
+    sample = plan._Blanks.sample
+    monkeypatch.setattr(plan._Blanks, "sample", lambda self, *key: sides.append(self.patch) or sample(self, *key))
+    plan.build(config_of(tmp_path, "fitnet"), False, 48)
+    assert set(sides) == {48}
 
 
 @pytest.mark.slow
