@@ -125,8 +125,10 @@ KDOPS_CLONED double tile_distance(const Tile<T>& tile, T* slopes, int64_t pitch)
         for (int64_t v = 0; v < kVectors<T>; ++v) {
           Vector<T> d = block.at[i][v];
           lanes += P == 2 ? d * d : d > 0 ? d : -d;
-          to_slope<T, P>(d);
-          if constexpr (Keep) vector(slopes + (row * kRows + i) * pitch + column * kColumns + v * kLanes<T>) = d;
+          if constexpr (Keep) {
+            to_slope<T, P>(d);
+            vector(slopes + (row * kRows + i) * pitch + column * kColumns + v * kLanes<T>) = d;
+          }
         }
       }
     }
