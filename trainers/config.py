@@ -47,6 +47,10 @@ class ValSet(ImageFolders):
     degradation: AnyDegradation | None = None
     """Makes this set's inputs, from random numbers that depend on the image's name; null takes the one of training."""
 
+    def made_by(self, training: AnyDegradation | None) -> AnyDegradation | None:
+        """What makes the inputs: its own degradation or that of training; None where a folder holds them, or nothing does."""
+        return None if self.lq else self.degradation or training
+
 
 TrainImages = Annotated[
     Annotated[Literal["photos"], Tag("text")]
@@ -332,7 +336,7 @@ def data_contradictions(config: Config) -> list[tuple[str, str]]:
     train = [folders.lq for folders in data.train_folders] or [None]
     sets = [
         *(("data.train", lq, data.degradation) for lq in train),
-        *(("data.val", entry.lq, entry.degradation or data.degradation) for entry in data.val),
+        *(("data.val", entry.lq, entry.made_by(data.degradation)) for entry in data.val),
     ]
     for key, lq, degradation in sets:
         if lq is None and degradation is None:

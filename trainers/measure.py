@@ -74,7 +74,7 @@ def measure(source: Path, wanted: Wanted) -> dict[str, Any]:
     worse_name, worse = baseline(opened.network.scale)
     sets, degradations = {}, {}
     for name, chosen in chosen_sets(opened, wanted, task).items():
-        degradation = None if chosen.lq else chosen.degradation or data.degradation
+        degradation = chosen.made_by(data.degradation)
         if chosen.lq is None and degradation is None:
             raise InputError(f"--data {name}: task {task.name} makes no inputs by itself: give --lq or --degradation")
         problems = val_problems(chosen, opened.network.scale, protocol, headers_only=True)

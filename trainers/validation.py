@@ -51,7 +51,7 @@ class Validation:
         """Set name -> what its numbers depend on besides the network: with another one they cannot be compared."""
         data, found = self.config.data, {}
         for entry in data.val:
-            made = None if entry.lq else entry.degradation or data.degradation
+            made = entry.made_by(data.degradation)
             found[entry.name] = entry.model_dump(mode="json") | {
                 "degradation": made and made.model_dump(mode="json"),
                 "grey": data.grey,

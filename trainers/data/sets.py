@@ -180,7 +180,7 @@ def open_val_set(entry: ValSet, scale: int, data: Data | None = None) -> ValPair
 
     Inputs are made by its own degradation, by that of `data`, or by bicubic downscaling.
     """
-    degradation = entry.degradation or (data.degradation if data else None)
+    degradation = entry.made_by(data.degradation if data else None)
     return ValPairs(complete(*val_files(entry)), scale, degradation, grey=data is not None and data.grey)
 
 
