@@ -170,9 +170,12 @@ def test_03_opcheck_of_other_strides(case: Case) -> None:
 
 
 def most_compilations(case: Case) -> int:
-    """One; two for kernels whose operator takes a float, which torch first traces as a symbol and then fixes, starting over once."""
+    """One; two for kernels whose operator takes a float, which torch first traces as a symbol and then fixes, starting over once.
+
+    Torch 2.11 does the same for floats that plain torch code works with.
+    """
     if case.backend == "reference":
-        return 1
+        return 2 if torch.__version__.startswith("2.11.") else 1
     schemas = [getattr(torch.ops.kdops, name).default._schema for name in case.spec.raw_ops]
     return 1 + any("float" in str(argument.type) for schema in schemas for argument in schema.arguments)
 
