@@ -6,7 +6,6 @@
 // the same features at about the same time and find each other's rows in the L1 cache. Backward: a thread holds up to 16
 // rows of one input at a few neighbouring features and walks over all rows of the other, of which it can write the
 // gradient too. Both read ahead into shared memory: without, what is on its way from memory is too little to keep it busy.
-#include <cstdlib>
 
 #include "contrast_distances.h"
 #include "contrast_signs.h"
@@ -236,13 +235,12 @@ void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows row
          problem.pairs(), count, data<float>(result));
 }
 
-// Whether gradients of L1 distances are taken on tensor cores: for KDOPS_TENSOR_SIGNS=1 alone, until a GPU has run it.
+// Whether gradients of L1 distances are taken on tensor cores.
 bool on_tensor_cores(const Side<BFloat16>& x, const Side<BFloat16>& y, const Problem& problem) {
   constexpr int64_t kFewRows = 4;  // of which a tile would be empty for the most part
   constexpr int vector = 8;
-  const char* asked = std::getenv("KDOPS_TENSOR_SIGNS");
-  bool fits = asked != nullptr && *asked == '1' && architecture(sign_gradients<true, true>) >= 90 &&
-              problem.features % kSignRows == 0 && std::min(problem.rows_x, problem.rows_y) > kFewRows;
+  bool fits = architecture(sign_gradients<true, true>) >= 90 && problem.features % kSignRows == 0 &&
+              std::min(problem.rows_x, problem.rows_y) > kFewRows;
   for (const auto& side : {x, y}) {
     fits = fits && aligned<vector>(side.values, side.rows, problem) && aligned<vector>(side.gradient, side.gradient_rows, problem);
   }

@@ -62,11 +62,18 @@ __device__ Values<scalar_t, Count> read(const scalar_t* from) {
   return {__ldg(reinterpret_cast<const Word<sizeof(scalar_t) * Count>*>(from))};
 }
 
-// Reads into shared memory while the thread goes on: a thread waits for its own groups of words, and for nobody else's.
-template <int Count, typename scalar_t>
+// Reads into shared memory while the thread goes on: a thread waits for its own groups of words, and for nobody else's. Words that
+// no other warp reads pass by the L1 cache.
+template <int Count, bool Shared = true, typename scalar_t>
 __device__ void read_ahead(Values<scalar_t, Count>* to, const scalar_t* from) {
 #ifdef __CUDA_ARCH__
-  if constexpr (sizeof(*to) >= 4) {
+  if constexpr (!Shared) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], %2;"
+                 :
+                 : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(from), "n"(sizeof(*to))
+                 : "memory");
+    return;
+  } else if constexpr (sizeof(*to) >= 4) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;"
                  :
                  : "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))), "l"(from), "n"(sizeof(*to))

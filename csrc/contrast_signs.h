@@ -27,12 +27,10 @@ __device__ inline unsigned bfloat16_bits(float value) {
 // The weights of all held rows and of the streamed rows of kSignSteps steps, as lanes read them: of each half of a step's rows
 // and two held rows at a time.
 struct SignWeights {
-  uint4 diagonal[kSignSteps][8][kSignRows + 1];  // of row j the first parts, then the second ones; padded for the banks
-  uint4 zeros[kSignRows];                        // for lanes that hold nothing of a diagonal
-  uint2 columns[kSignSteps][kSignRows][4][4];    // of each part and lane % 4: a column of one held row is 0 for the other
+  uint2 diagonal[kSignSteps][kSignRows][8];    // of row j the first parts of both held rows, then the second ones
+  uint2 columns[kSignSteps][kSignRows][4][4];  // of each part and lane % 4: a column of one held row is 0 for the other
 
   __device__ void clear() {
-    for (int n = threadIdx.x; n < kSignRows; n += kSignThreads) zeros[n] = {};
     for (int n = threadIdx.x; n < kSignSteps * kSignRows * 16; n += kSignThreads) (&columns[0][0][0][0])[n] = {};
   }
 
@@ -43,15 +41,22 @@ struct SignWeights {
     const int j = row % 8, two = held / 2 * 2 + row / 8, which = held % 2;
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
-      reinterpret_cast<unsigned*>(&diagonal[step][j][two])[2 * part + which] = parts[part] << j % 2 * 16;
+      reinterpret_cast<unsigned short*>(&diagonal[step][two][j])[2 * part + which] = static_cast<unsigned short>(parts[part]);
       reinterpret_cast<unsigned short*>(&columns[step][two][2 * which + part][j / 2])[2 * which + j % 2] =
           static_cast<unsigned short>(parts[part]);
     }
   }
+};
 
-  // Where this lane finds its part of the diagonals: its pair of numbers is of column lane / 4, rows lane % 4 * 2 and the next.
-  __device__ const uint4* diagonals(int step, int lane) const {
-    return lane / 8 == lane % 4 ? diagonal[step][lane / 4] : zeros;
+// Which bytes of a word of `diagonal` a lane needs of each held row. Its pair of numbers of a diagonal matrix is of column lane / 4,
+// rows lane % 4 * 2 and the next: one of them is the column's own in eight of the lanes, elsewhere both are 0.
+struct DiagonalBytes {
+  unsigned first, second;
+
+  __device__ explicit DiagonalBytes(int lane) {
+    const bool own = lane / 8 == lane % 4, upper = lane / 4 % 2 == 1;
+    first = !own ? 0x4444 : upper ? 0x1044 : 0x4410;
+    second = !own ? 0x4444 : upper ? 0x3244 : 0x4432;
   }
 };
 
@@ -70,6 +75,7 @@ __global__ void __launch_bounds__(kSignThreads, kSignBlocks)
   __shared__ uint4 words[kSignWarps][kSignAhead + 1][32];  // of each warp: steps that were read, and results to be written
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = lane / 2, half = lane % 2;
   const auto place = [](int row, int half) { return 2 * row + (half ^ (row >> 2 & 1)); };  // no two of 8 rows in one bank
+  const DiagonalBytes bytes(lane);
   const int own = place(row, half), turned = place(lane / 16 * 8 + lane % 8, lane / 8 % 2);
   const int share = static_cast<int>(blockIdx.x) % shares, rest = static_cast<int>(blockIdx.x) / shares;
   const int tiles = static_cast<int>(divide_up(held.rows, kSignRows));
@@ -93,7 +99,7 @@ __global__ void __launch_bounds__(kSignThreads, kSignBlocks)
       const bool is_held = next_step == 0;
       const int64_t j = is_held ? min(row, rows - 1) : min(int64_t{next_step - 1} * kSignRows + row, streamed.rows - 1);
       const BFloat16* source = is_held ? held_from + j * held.side.rows.row_stride : from + j * streamed.side.rows.row_stride;
-      read_ahead<8>(reinterpret_cast<Values<BFloat16, 8>*>(&slots[into][own]), source + readable(column_of(next_tile)) + 8 * half);
+      read_ahead<8, false>(reinterpret_cast<Values<BFloat16, 8>*>(&slots[into][own]), source + readable(column_of(next_tile)) + 8 * half);
       if (++next_step > steps) next_step = 0, next_tile += shares;
     }
     end_group();
@@ -143,7 +149,6 @@ __global__ void __launch_bounds__(kSignThreads, kSignBlocks)
       unsigned other[4];
       load_turned(other, &arrived()[turned]);
       float of_streamed[2][4] = {};  // of the first and the last 8 rows
-      const uint4* const diagonals = table.diagonals(step % kSignSteps, lane);
 #pragma unroll
       for (int i = 0; i < kSignRows; i += 2) {
 #pragma unroll
@@ -159,9 +164,9 @@ __global__ void __launch_bounds__(kSignThreads, kSignBlocks)
             multiply_add(of_held[i / 2], sign[0], both.x, sign[1], both.y);
           }
           if constexpr (Streamed) {
-            const uint4 diagonal = diagonals[i + n];
-            multiply_add(of_streamed[n], sign[0], diagonal.x, sign[1], diagonal.y);
-            multiply_add(of_streamed[n], sign[0], diagonal.z, sign[1], diagonal.w);
+            const uint2 both = table.diagonal[step % kSignSteps][i + n][lane / 4];
+            multiply_add(of_streamed[n], sign[0], pick_bytes(both.x, bytes.first), sign[1], pick_bytes(both.x, bytes.second));
+            multiply_add(of_streamed[n], sign[0], pick_bytes(both.y, bytes.first), sign[1], pick_bytes(both.y, bytes.second));
           }
         }
       }

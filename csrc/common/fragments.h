@@ -42,6 +42,9 @@ __device__ inline void multiply_add(float (&sums)[4], Columns left, unsigned upp
 #endif
 }
 
+// Four bytes of a word, one for each hexadecimal digit of the selector, from the lowest on: 0 to 3 name a byte of it, 4 is zero.
+__device__ inline unsigned pick_bytes(unsigned word, unsigned selector) { return __byte_perm(word, 0, selector); }
+
 // Of both numbers of a word the sign of a - b: 1, -1, or 0 if they are equal or one of them is NaN.
 __device__ inline unsigned signs_of_difference(unsigned a, unsigned b) {
   unsigned sign = 0;

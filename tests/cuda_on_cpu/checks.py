@@ -5,7 +5,6 @@ twice that of eager torch in the dtype of the inputs."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -75,7 +74,6 @@ def contrast() -> dict[str, float]:
 
 def signs_on_tensor_cores() -> dict[str, float]:
     """Gradients of L1 distances of bfloat16 rows, for which tensor cores add up signs."""
-    os.environ["KDOPS_TENSOR_SIGNS"] = "1"
     found = {}
     shapes = ((16, 64, 208), (5, 70, 64), (40, 7, 80), (20, 33, 96), (16, 16, 448))
     for b, k, features in shapes:
@@ -93,7 +91,6 @@ def signs_on_tensor_cores() -> dict[str, float]:
     pair = [torch.randn(n, 80).bfloat16() for n in (16, 40)]
     found["signs, same bits for one gradient"] = same_bits(pair)
     found["signs, weights"] = error_of_weights(*pair)
-    del os.environ["KDOPS_TENSOR_SIGNS"]
     return found
 
 

@@ -55,6 +55,15 @@ struct Columns {
   unsigned upper, lower;
 };
 
+inline unsigned pick_bytes(unsigned word, unsigned selector) {
+  unsigned picked = 0;
+  for (int n = 0; n < 4; ++n) {
+    const unsigned which = selector >> 4 * n & 7;
+    picked |= (which < 4 ? word >> 8 * which & 0xff : 0) << 8 * n;
+  }
+  return picked;
+}
+
 inline void multiply_add(float (&sums)[4], Columns left, unsigned upper, Columns right, unsigned lower) {
   const int lane = threadIdx.x % 32;
   const unsigned mine[6] = {left.upper, left.lower, right.upper, right.lower, upper, lower};
