@@ -21,6 +21,7 @@ class Tile(NamedTuple):
     held: int = MOST_CHANNELS  # channels of the logits on chip: more of them stream through, so many at a time
     late: bool = False  # values that are not the columns are added a tile late, which takes registers
     ahead: bool = False  # a number of each column is loaded a tile ahead into registers, not into shared memory
+    together: bool = False  # both numbers of a column's softmax are loaded as one
     registers: int | None = None  # of a thread at most, so that one more program shares a multiprocessor
 
     @property
@@ -30,7 +31,7 @@ class Tile(NamedTuple):
 
 
 # For each architecture, sweep and bytes of a number: the tile of up to so many channels. Those of cuda:90 for up to 384 channels of
-# 2 bytes were the fastest of some 12 to 30 each on an H100 or H200 (but for the limit of registers, a prediction); the others are chosen
+# 2 bytes were the fastest of some 12 to 30 each on an H100 or H200; the others are chosen
 # among those that spill fewest registers when compiled (docs/performance/spatial_attention.md). Where a table does not tell variants of a
 # sweep apart, their first word names it. On sm_90 a warpgroup of four warps needs 64 rows of its own: with fewer, triton 3.6 lets both do
 # the same products, and those of float32 are wrong. All sweeps hold as many channels of the logits: summed in another order, large logits
@@ -49,7 +50,7 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
     },
     "cuda:90": {
         ("attend", 2): {
-            64: Tile(64, 128, 4, 3),
+            64: Tile(64, 128, 4, 3, late=True),
             128: Tile(64, 64, 4, 3, late=True),
             192: Tile(128, 64, 8, 3, late=True),
             256: Tile(128, 64, 8, 2),
@@ -57,17 +58,17 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
             512: Tile(64, 32, 4, 2, 256),
         },
         ("attend shared", 2): {
-            64: Tile(64, 128, 4, 3, registers=168),
-            128: Tile(64, 64, 4, 3),
+            64: Tile(64, 128, 4, 4, registers=168),
+            128: Tile(64, 64, 4, 4),
             256: Tile(128, 64, 8, 3),
             384: Tile(128, 32, 8, 3),
             512: Tile(64, 32, 4, 2, 256),
         },
         ("attend given", 2): {
-            64: Tile(128, 64, 8, 3),
-            128: Tile(64, 64, 4, 3, late=True),
-            192: Tile(128, 64, 8, 3, late=True),
-            256: Tile(128, 32, 8, 3),
+            64: Tile(64, 128, 4, 3, late=True),
+            128: Tile(64, 64, 4, 3, late=True, together=True),
+            192: Tile(128, 64, 8, 3, late=True, together=True),
+            256: Tile(128, 32, 8, 3, together=True),
             384: Tile(128, 32, 8, 2),
             512: Tile(64, 32, 4, 2, 256),
         },
@@ -81,7 +82,7 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
         ("slopes shared", 2): {
             64: Tile(64, 128, 4, 3),
             128: Tile(64, 64, 4, 3, ahead=True),  # in shared memory two programs fit to the byte
-            192: Tile(128, 64, 8, 3),
+            192: Tile(128, 64, 8, 3, together=True),
             256: Tile(128, 64, 8, 2),
             384: Tile(128, 32, 8, 2),
             512: Tile(64, 16, 4, 2, 128),
@@ -104,7 +105,7 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
     "interpreter": {
         (sweep, size): {
             128: Tile(64, 64, 4, 1, held=512 if size == 2 else 64, late=sweep == "attend", ahead=sweep == "slopes"),
-            512: Tile(64, 64, 4, 1, 128, 512 if size == 2 else 64),
+            512: Tile(64, 64, 4, 1, 128, 512 if size == 2 else 64, together=True),
         }
         for sweep in ("attend", "slopes")
         for size in (2, 4)

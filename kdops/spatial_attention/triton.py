@@ -59,6 +59,7 @@ def _launch_attend(
         tile.stages,
         _precision(max(channels, value_channels)),
         tile.late and values is not None and out is not None,
+        tile.together,
         **tile.options,
         **tiles.OPTIONS,
     )
@@ -104,6 +105,7 @@ def _launch_slopes(
         tile.stages,
         _precision(max(channels, value_channels)),
         tile.ahead and by_column,
+        tile.together,
         **tile.options,
         **tiles.OPTIONS,
     )

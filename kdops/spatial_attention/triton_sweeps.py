@@ -27,9 +27,22 @@ from .. import tiles
 
 @triton.jit
 def _number(numbers, features, row, n, inside):
-    """That of each position n in a row of `numbers`; `inside` says which there are, or is None where all are."""
+    """The n-th of each row of as many as there are positions; `inside` says which there are, or is None where all are."""
     pointers = numbers + row * features.positions + n
-    return tl.load(pointers) if inside is None else tl.load(pointers, mask=inside, other=0.0)
+    return tl.load(pointers) if inside is None else tl.load(pointers, mask=inside, other=0)
+
+
+@triton.jit
+def _softmaxes(statistics, features, batch, n, inside, TOGETHER: tl.constexpr):
+    """Level and log_sum of each position n, which lie side by side; TOGETHER: by one load."""
+    if TOGETHER:
+        both = _number(statistics.to(tl.pointer_type(tl.int64)), features, batch, n, inside)
+        level = both.to(tl.int32).to(tl.float32, bitcast=True)
+        log_sum = (both >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        level = _number(statistics, features, 2 * batch, 2 * n, inside)
+        log_sum = _number(statistics, features, 2 * batch, 2 * n + 1, inside)
+    return level, log_sum
 
 
 @triton.jit
@@ -75,7 +88,7 @@ def _attend(
     columns,
     values,  # of the columns; None: the columns themselves
     out,  # at the rows, or None where only statistics are wanted
-    statistics,  # float32 levels and log_sums: written, (B, 2, rows), or given, (B, 2, columns)
+    statistics,  # float32 level and log_sum, side by side: written, of the rows, or given, of the columns
     scale,  # of the logits to the base 2; positive
     NEGATIVE: tl.constexpr,  # the logits change their sign before
     GIVEN: tl.constexpr,
@@ -90,10 +103,12 @@ def _attend(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     LATE: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     """out[r] = sum over columns c of a[r, c] values[c], where a is the softmax of a row, or (GIVEN) of a column with known statistics.
 
     LATE: values are added a tile late, so that tensor cores multiply them while the next tile's weights are made.
+    TOGETHER: level and log_sum of a given softmax are loaded as one number.
     """
     batch, first_row, piece = tiles.place(rows, ROWS, SLICES)
     channel = piece * VALUE_PARTS[0]
@@ -115,8 +130,7 @@ def _attend(
             value = tiles.load_features(values, batch, c - COLUMNS, c >= COLUMNS, channel, CV, VALUE_PARTS)
             sums = _add_weighted(sums, shrink, weights, value, GIVEN, VALUE_PARTS, PRECISION)
         if GIVEN:
-            given_level = _number(statistics, columns, 2 * batch, c, inside)
-            log_sum = _number(statistics, columns, 2 * batch + 1, c, inside)
+            given_level, log_sum = _softmaxes(statistics, columns, batch, c, inside, TOGETHER)
             weights = _given_weights(logits, given_level, log_sum, inside, scale, NEGATIVE)
             shrink = total
         else:
@@ -133,9 +147,9 @@ def _attend(
     if not GIVEN:
         sums = tiles.scale_features(sums, 1 / total, VALUE_PARTS)
         if statistics is not None:
-            pointers = statistics + 2 * batch * rows.positions + r
+            pointers = statistics + 2 * (batch * rows.positions + r)
             tiles.store(pointers, level, r < rows.positions)
-            tiles.store(pointers + rows.positions, tl.log2(total), r < rows.positions)
+            tiles.store(pointers + 1, tl.log2(total), r < rows.positions)
     if out is not None:
         tiles.store_features(out, sums, batch, r, channel, CV, VALUE_PARTS)
 
@@ -146,7 +160,7 @@ def _slopes(
     row_values,  # None: the rows are their own values, and `gradient` is that of both roles
     columns,
     column_values,  # None: the columns themselves
-    statistics,  # (B, 2, rows) float32, or (B, 2, columns) if BY_COLUMN, whose softmax it is
+    statistics,  # float32 level and log_sum, side by side, of the rows, or of the columns if BY_COLUMN, whose softmax it is
     delta,  # (B, rows) or (B, columns): sum of weights times their gradients, times the scale; written where gradient is None
     gradient,  # at the rows, or None where only delta is wanted
     scale,  # of the logits
@@ -164,6 +178,7 @@ def _slopes(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     AHEAD: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
     """gradient[r] = sum over columns c of s[r, c] columns[c], s = scale a[r, c] (row_values[r] . column_values[c] - delta).
 
@@ -171,6 +186,7 @@ def _slopes(
     receive a[r, c] column_values[c] besides, in the same accumulator.
 
     AHEAD: the columns' log_sums are loaded by hand a tile ahead; what the compiler loads ahead lies in shared memory.
+    TOGETHER: level and log_sum of a column are loaded as one number.
     """
     batch, first_row, piece = tiles.place(rows, ROWS, SLICES)
     channel = piece * SLICE_PARTS[0]
@@ -185,13 +201,13 @@ def _slopes(
         value_rows = row_values
         row_value = tiles.load_features(row_values, batch, r, row_inside, 0, CV, VALUE_PARTS)
     if not BY_COLUMN:
-        level = _number(statistics, rows, 2 * batch, r, row_inside)[:, None]
-        log_sum = _number(statistics, rows, 2 * batch + 1, r, row_inside)[:, None]
+        level, log_sum = _softmaxes(statistics, rows, batch, r, row_inside, False)
+        level, log_sum = level[:, None], log_sum[:, None]
         if gradient is not None:
             mean = _number(delta, rows, batch, r, row_inside)[:, None]
     if AHEAD:
         c = tl.arange(0, COLUMNS)
-        next_log_sum = _number(statistics, columns, 2 * batch + 1, c, c < columns.positions)
+        next_log_sum = _number(statistics, columns, 2 * batch, 2 * c + 1, c < columns.positions)
     total = tl.zeros((ROWS,), tl.float32)
     sums = tiles.zero_features(ROWS, SLICE_PARTS)
     for first in tl.range(0, columns.positions, COLUMNS, num_stages=STAGES):
@@ -219,13 +235,13 @@ def _slopes(
             PRECISION,
         )
         if BY_COLUMN:
-            level = _number(statistics, columns, 2 * batch, c, inside)[None, :]
             if AHEAD:
-                log_sum = next_log_sum[None, :]
+                level, log_sum = _number(statistics, columns, 2 * batch, 2 * c, inside), next_log_sum
                 after = c + COLUMNS
-                next_log_sum = _number(statistics, columns, 2 * batch + 1, after, after < columns.positions)
+                next_log_sum = _number(statistics, columns, 2 * batch, 2 * after + 1, after < columns.positions)
             else:
-                log_sum = _number(statistics, columns, 2 * batch + 1, c, inside)[None, :]
+                level, log_sum = _softmaxes(statistics, columns, batch, c, inside, TOGETHER)
+            level, log_sum = level[None, :], log_sum[None, :]
             mean = _number(delta, columns, batch, c, inside)[None, :]
         weights = tl.exp2(tiles.fma(logits, scale_2, -level) - log_sum)
         slopes = weights * (slopes * scale if gradient is None else slopes * scale - mean)
