@@ -147,9 +147,9 @@ enum Reduction : int64_t { kNone, kSum, kMean };  // over the batch, as in kdops
 
 // From the squared distances of one tap: distance = -expm1(-rate * sum), one for each sample or reduced; its derivative
 // by every sum; and the rate.
-template <typename T>
+template <typename scalar_t, typename T = Accumulator<scalar_t>>
 void apply_gaussian(const double* sums, int64_t batch, std::optional<double> sigma, double features,
-                    int64_t reduction, T* distance, T* slope, T* rate) {
+                    int64_t reduction, scalar_t* distance, T* slope, T* rate) {
   double variance = kAdaptiveFloor;
   if (sigma) {
     variance = *sigma * *sigma;
@@ -162,11 +162,11 @@ void apply_gaussian(const double* sums, int64_t batch, std::optional<double> sig
   double total = 0;
   for (int64_t row = 0; row < batch; ++row) {
     const double exponent = -sums[row] * per_square, one = -std::expm1(exponent) * share;
-    if (reduction == kNone) distance[row] = static_cast<T>(one);
+    if (reduction == kNone) narrow(static_cast<T>(one), distance[row]);
     total += one;
     slope[row] = static_cast<T>(per_square * std::exp(exponent) * share);
   }
-  if (reduction != kNone) *distance = static_cast<T>(total);
+  if (reduction != kNone) narrow(static_cast<T>(total), *distance);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gaussian_distance(const Tensors& x, const Tensors& y,
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_distance(const Tensors& x, const Ten
   STD_TORCH_CHECK(reduction == kNone || reduction == kSum || reduction == kMean, "kdops: no reduction ", reduction, ".");
   const int64_t each = reduction == kNone ? batch : 1;  // results of a tap
   Tensor distance = torch::stable::new_empty(
-      x[0], reduction == kNone ? std::vector<int64_t>{count, batch} : std::vector<int64_t>{count}, dtype);
+      x[0], reduction == kNone ? std::vector<int64_t>{count, batch} : std::vector<int64_t>{count});
   Tensor slope = torch::stable::new_empty(x[0], {count, batch}, dtype);
   Tensor rate = torch::stable::new_empty(x[0], {count}, dtype);
   for_dtype<float, double, BFloat16, Half>(x[0].scalar_type(), [&](auto zero) {
@@ -189,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_distance(const Tensors& x, const Ten
     for (int64_t t = 0; t < count; ++t) {
       const auto features = mean ? static_cast<double>(count_features(x[t], 1)) : 1.0;
       apply_gaussian(sums.data() + t * batch, batch, sigma ? std::optional((*sigma)[t]) : std::nullopt, features,
-                     reduction, data<T>(distance) + t * each, data<T>(slope) + t * batch, data<T>(rate) + t);
+                     reduction, data<scalar_t>(distance) + t * each, data<T>(slope) + t * batch, data<T>(rate) + t);
     }
   });
   return {distance, slope, rate};

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ def gaussian(everything: bool) -> Calls:
         x, y = ([empty(b, f, dtype=dtype) for f in features] for _ in range(2))
         count = len(features)
         weight = empty(count, b)
-        yield lambda: ops.gaussian_distance(x, y, sigma, True, 0)
+        for reduction in range(3):
+            yield partial(ops.gaussian_distance, x, y, sigma, True, reduction)
         yield lambda: ops.gaussian_distance_backward(weight, x, y, [True] * count, [False] * count)
         yield lambda: ops.gaussian_distance_backward(weight, x, y, [True] * count, [True] * count)
 

@@ -105,6 +105,19 @@ def _reason(spec: OpSpec, backend: str) -> str | None:
     return spec.backend(backend).supports(case.inputs())
 
 
+class Operators(TorchDispatchMode):
+    """Names of the operators that run beneath it, but for views; on a GPU nearly each of torch's is a launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
 class RecordOps(TorchDispatchMode):
     """Records the kdops operators that run beneath it, with their arguments and results."""
 

@@ -103,3 +103,27 @@ def test_the_ban_sees_what_it_bans() -> None:
         "tl.dot",
         "tl.fma",
     ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "early"),
+    [("cuda:90", True), ("cuda:100", True), ("cuda:80", False), ("hip:gfx942", False), ("interpreter", False)],
+)
+def test_early_starts_only_where_there_are_some(
+    architecture: str, early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An option that a backend does not know is an error there."""
+    monkeypatch.setattr(tiles, "architecture", lambda: architecture)
+    assert tiles.early() == ({"EARLY": True, "launch_pdl": True} if early else {"EARLY": False})
+
+
+def test_kernels_that_start_early_wait_first() -> None:
+    """What stood before the wait would read what the launch before is still writing."""
+    functions = [
+        node for path in KERNELS for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
+    ]
+    early = [f for f in functions if "EARLY" in [argument.arg for argument in f.args.args]]
+    assert len(early) == 11
+    for kernel in early:
+        body = kernel.body[1:] if ast.get_docstring(kernel) else kernel.body
+        assert ast.unparse(body[0]) == "tiles.start(EARLY)", kernel.name

@@ -27,8 +27,11 @@ def _sum_chunks(partial, r, chunks, R, C, COLUMNS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["total", "scale", "chunks", "R", "C"])
-def _softmax(partial, attention, total, scale, chunks, R, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _softmax(
+    partial, attention, total, scale, chunks, R, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EARLY: tl.constexpr
+):
     """attention (heads, R, C), of `total` rows = the softmax of scale * partial (heads, chunks, R, C) summed over chunks."""
+    tiles.start(EARLY)
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)[None, :]
     logits = _sum_chunks(partial, tl.minimum(r, total - 1), chunks, R, C, COLUMNS) * scale
@@ -40,9 +43,20 @@ def _softmax(partial, attention, total, scale, chunks, R, C, ROWS: tl.constexpr,
 
 @triton.jit(do_not_specialize=["total", "scale", "chunks", "R", "C"])
 def _softmax_backward(
-    partial, attention, slopes, total, scale, chunks, R, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    partial,
+    attention,
+    slopes,
+    total,
+    scale,
+    chunks,
+    R,
+    C,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The gradient of the logits before they were scaled, from that of the attention, `partial` summed over chunks."""
+    tiles.start(EARLY)
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)[None, :]
     inside = (r < total)[:, None] & (j < C)
@@ -62,7 +76,7 @@ def attention_of(partial: Tensor, shape: tuple[int, ...], scale: float) -> Tenso
     attention = partial.new_empty(shape)
     launch = _rows(c)
     grid = (triton.cdiv(total * r, launch["ROWS"]),)
-    _softmax[grid](partial, attention, total * r, scale, chunks, r, c, **launch, **tiles.OPTIONS)
+    _softmax[grid](partial, attention, total * r, scale, chunks, r, c, **launch, **tiles.early(), **tiles.OPTIONS)
     return attention
 
 
@@ -71,7 +85,9 @@ def gradient_of_logits(partial: Tensor, attention: Tensor, scale: float) -> Tens
     slopes = torch.empty_like(attention)
     launch = _rows(c)
     grid = (triton.cdiv(total * r, launch["ROWS"]),)
-    _softmax_backward[grid](partial, attention, slopes, total * r, scale, chunks, r, c, **launch, **tiles.OPTIONS)
+    _softmax_backward[grid](
+        partial, attention, slopes, total * r, scale, chunks, r, c, **launch, **tiles.early(), **tiles.OPTIONS
+    )
     return slopes
 
 

@@ -22,6 +22,7 @@ ROWS = 16  # of a C x C matrix that a program works on
 # Chunks of up to so many channels that every block of rows sums for itself: it reads at most 640 KiB from the L2 cache, in 6 us, as long as
 # a launch that sums them and the gap before it. With more channels registers spill, and each block would read more, and more often.
 FEW_CHUNKS, FEW_CHANNELS = 32, 64
+FEW_DEPTH, FEW_WARPS, FEW_AHEAD = 32, 16, 8
 DEPTH = 16
 
 # --- C x C matrices ---------------------------------------------------------------------------------------------------------------
@@ -36,15 +37,16 @@ def _over_chunks(matrix, at, inside, chunks, width, AHEAD: tl.constexpr):
         sums = tiles.load(matrix + at, inside)
     else:
         sums = tl.zeros(at.shape, tl.float32)
-        for _ in tl.range(0, chunks, loop_unroll_factor=AHEAD):
-            sums += tiles.load(matrix + at, inside)
-            matrix += width
+        for first in range(0, chunks, AHEAD):
+            for chunk in tl.static_range(AHEAD):
+                there = tl.full(at.shape, first + chunk, tl.int32) < chunks
+                sums += tiles.load(matrix + (first + chunk) * width + at, inside & there)
     return sums
 
 
 @triton.jit
 def _add_square_product(
-    sums, left, left_row, left_column, right, chunks, width, r, j, R, K, C, DEPTH: tl.constexpr
+    sums, left, left_row, left_column, right, chunks, width, r, j, R, K, C, DEPTH: tl.constexpr, AHEAD: tl.constexpr
 ):  # fmt: skip
     """sums (r, j) + left (R, K), whose strides are given, times right (K, C) in so many chunks, in full float32."""
     for first in range(0, K, DEPTH):
@@ -52,7 +54,7 @@ def _add_square_product(
         a = tl.load(
             left + r[:, None] * left_row + k[None, :] * left_column, mask=(r < R)[:, None] & (k < K)[None, :], other=0.0
         )
-        b = _over_chunks(right, k[:, None] * C + j, (k < K)[:, None] & (j < C), chunks, width, 4)
+        b = _over_chunks(right, k[:, None] * C + j, (k < K)[:, None] & (j < C), chunks, width, AHEAD)
         sums += tiles.dot(a, b)
     return sums
 
@@ -76,9 +78,12 @@ def _compare(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    AHEAD: tl.constexpr,
     ZEROS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """The attention, by a softmax of scaled Grams, and with it the distance and its gradient, a block of rows of one head."""
+    tiles.start(EARLY)
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(R, ROWS)
     head = program // blocks
@@ -87,9 +92,9 @@ def _compare(
     inside = (r < R)[:, None] & (j < C)
     at = r[:, None] * C + j
     grams = sums + head * (width if chunks is None else chunks * width)
-    products = _over_chunks(grams, at, inside, chunks, width, 8)
-    cross = products if CROSS is None else _over_chunks(grams + CROSS, at, inside, chunks, width, 8)
-    square = tl.sum(_over_chunks(grams + SQUARES, r, r < R, chunks, width, 8).to(tl.float64))
+    products = _over_chunks(grams, at, inside, chunks, width, AHEAD)
+    cross = products if CROSS is None else _over_chunks(grams + CROSS, at, inside, chunks, width, AHEAD)
+    square = tl.sum(_over_chunks(grams + SQUARES, r, r < R, chunks, width, AHEAD).to(tl.float64))
     logits = tl.where(j < C, products * scale, float("-inf"))
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
     weights /= tl.sum(weights, 1)[:, None]
@@ -97,7 +102,7 @@ def _compare(
     tiles.store(own + at, weights, inside)
     tl.debug_barrier()  # the product reads rows that other threads have written
     of_values = tl.zeros((ROWS, COLUMNS), tl.float32)
-    of_values = _add_square_product(of_values, own, C, 1, grams + VALUES, chunks, width, r, j, R, C, C, DEPTH)
+    of_values = _add_square_product(of_values, own, C, 1, grams + VALUES, chunks, width, r, j, R, C, C, DEPTH, AHEAD)
     slopes = of_values - cross
     tiles.store(of_attention + head * R * C + at, slopes, inside)
     differences = weights.to(tl.float64) * (slopes.to(tl.float64) - cross.to(tl.float64))
@@ -122,8 +127,10 @@ def _slopes(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """What backward multiplies the maps with, a block of rows of one head: the gradient of the unscaled logits, or the square."""
+    tiles.start(EARLY)
     program = tl.program_id(0).to(tl.int64)
     of_slopes = tl.cdiv(R, ROWS)
     blocks = of_slopes + (0 if square is None else tl.cdiv(C, ROWS))
@@ -145,7 +152,7 @@ def _slopes(
     elif square is not None:
         r = (block - of_slopes) * ROWS + tl.arange(0, ROWS)
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-        sums = _add_square_product(sums, own, 1, C, own, None, None, r, j, C, R, C, DEPTH)
+        sums = _add_square_product(sums, own, 1, C, own, None, None, r, j, C, R, C, DEPTH, 1)
         tiles.store(square + head * C * C + r[:, None] * C + j, sums, (r < C)[:, None] & (j < C))
 
 
@@ -164,7 +171,7 @@ def _launch_compare(
     of_attention = torch.empty_like(attention)
     launch = _by_rows(c)
     if c <= FEW_CHANNELS:  # few steps, with many loads under way
-        launch |= {"DEPTH": min(32, launch["COLUMNS"]), "num_warps": 8 if c > 32 else 4}
+        launch |= {"DEPTH": min(FEW_DEPTH, launch["COLUMNS"]), "num_warps": FEW_WARPS if c > 32 else 4}
     blocks = triton.cdiv(r, ROWS)
     parts = sums.new_empty((batch, heads * blocks, 2), dtype=torch.float64)
     _compare[(batch * heads * blocks,)](
@@ -181,7 +188,9 @@ def _launch_compare(
         c,
         *grams[1:],
         **launch,
+        AHEAD=FEW_AHEAD,
         ZEROS=128,
+        **tiles.early(),
         **tiles.OPTIONS,
     )
     return attention, of_attention, parts
@@ -283,6 +292,7 @@ def _launch_slopes(
             r,
             c,
             **_by_rows(c),
+            **tiles.early(),
             **tiles.OPTIONS,
         )
     return of_logits, less, square

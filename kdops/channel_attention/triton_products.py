@@ -45,11 +45,14 @@ def _grams(
     POSITIONS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program: a block of x y^T and, of distances, of value value^T and target value^T, over a chunk of the positions.
 
     A tile is loaded once for all of them. Blocks vary fastest: programs that run together read the same positions, from memory once.
+    The chunks of a head take its tiles in turn, and so read what lies side by side at the same time.
     """
+    tiles.start(EARLY)
     program = tl.program_id(0).to(tl.int64)
     columns = tl.cdiv(tl.maximum(CX, CY), BLOCK)
     i = program // columns % columns * BLOCK + tl.arange(0, BLOCK)
@@ -66,7 +69,7 @@ def _grams(
     cross = tl.zeros((BLOCK, BLOCK), tl.float32)
     squares = tl.zeros((POSITIONS, BLOCK), tl.float32)  # summed over positions at the end: threads would meet for it
     for step in tl.range(0, steps, num_stages=STAGES):
-        n = (chunk * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
+        n = (step * chunks + chunk) * POSITIONS + tl.arange(0, POSITIONS)
         a = tile_of(x, head, heads, n, i, CX)
         b = tile_of(y, head, heads, n, j, CY)
         xy += tiles.dot(tl.trans(a), b, PRECISION)
@@ -143,6 +146,7 @@ def _mix(
     DEPTH: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out = gain * factor * (the sum of matrix times map - minus).
 
@@ -150,6 +154,7 @@ def _mix(
 
     Everything goes from the end to the beginning: `_grams` has mostly just read these maps, and what it read last is still in the L2 cache.
     """
+    tiles.start(EARLY)
     # Blocks of channels vary fastest: programs that run together read the same positions.
     program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     blocks = tl.cdiv(R, BLOCK)
@@ -172,7 +177,7 @@ def _mix(
             three = _matrix_tile(third_matrix, head, k, i, R, DTYPE)
     steps = tl.cdiv(tl.cdiv(out.positions, POSITIONS), chunks)
     for step in tl.range(0, steps, num_stages=STAGES):
-        n = ((chunk + 1) * steps - 1 - step) * POSITIONS + tl.arange(0, POSITIONS)
+        n = ((steps - 1 - step) * chunks + chunk) * POSITIONS + tl.arange(0, POSITIONS)
         sums = tl.zeros((POSITIONS, BLOCK), tl.float32)
         sums = _add_product(sums, first_matrix, one, first_map, head, heads, n, i, R, WHOLE, DEPTH, STAGES, PRECISION)
         sums = _add_product(sums, second_matrix, two, second_map, head, heads, n, i, R, WHOLE, DEPTH, STAGES, PRECISION)
@@ -287,6 +292,7 @@ def launch_grams(x: Tensor, y: Tensor, heads: int, value: Tensor | None = None, 
         tile.stages,
         tiles.precision(),
         num_warps=tile.warps,
+        **tiles.early(),
         **tiles.OPTIONS,
     )
     return Grams(sums, values, squares, None if alike else end)
@@ -340,5 +346,6 @@ def launch_mix(
         tile.stages,
         tiles.precision(),
         num_warps=tile.warps,
+        **tiles.early(),
         **tiles.OPTIONS,
     )

@@ -89,8 +89,10 @@ def _residual_sums(
     BLOCK: tl.constexpr,
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program: a block of channels of the target and one of the value, over a chunk of the positions; only of close samples."""
+    tiles.start(EARLY)
     program = tl.program_id(0).to(tl.int64)
     rows, columns = tl.cdiv(R, BLOCK), tl.cdiv(C, BLOCK)
     part = program // (rows * columns)  # counts the chunks of all heads
@@ -140,11 +142,13 @@ def _residual_mix(
     BLOCK: tl.constexpr,
     POSITIONS: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """out = gain * factor * (attention^T @ residual + matrix @ first_map).
 
     The `workers` programs of a head share its blocks of channels and positions: few, as nearly always they return at once.
     """
+    tiles.start(EARLY)
     program = tl.program_id(0).to(tl.int64)
     blocks, strips = tl.cdiv(C, BLOCK), tl.cdiv(out.positions, POSITIONS)
     head = program // workers
@@ -217,6 +221,7 @@ def launch_residual_sums(
         triton.next_power_of_2(parts.shape[1]),
         PRECISION=tiles.precision(),
         **SUMS,
+        **tiles.early(),
         **tiles.OPTIONS,
     )
     return distances, close
@@ -254,5 +259,6 @@ def launch_residual_mix(
         c,
         PRECISION=tiles.precision(),
         **tile,
+        **tiles.early(),
         **tiles.OPTIONS,
     )

@@ -61,9 +61,7 @@ def gaussian_distance(
     both = checks.for_distance(*xs, *ys)
     run = dispatch.implementation(OP, both, backend)
     distance: Tensor = run(list(both[: len(xs)]), list(both[len(xs) :]), widths, statistic == "mean", reduction)
-    if isinstance(x, Tensor):
-        distance = distance.squeeze(0)
-    return distance if distance.dtype == both[0].dtype else distance.to(both[0].dtype)
+    return distance.squeeze(0) if isinstance(x, Tensor) else distance
 
 
 def _taps(x: Tensor | Sequence[Tensor], y: Tensor | Sequence[Tensor]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -24,4 +24,5 @@ def gaussian_distance(
         variance = d2.detach().mean() + ADAPTIVE_FLOOR if sigma is None else sigma[t] ** 2
         taps.append(-torch.expm1(-d2 / (2 * variance)))
     distance = torch.stack(taps)
-    return distance if reduction == "none" else getattr(distance, reduction)(dim=1)
+    reduced: Tensor = distance if reduction == "none" else getattr(distance, reduction)(dim=1)
+    return reduced.to(x[0].dtype)

@@ -25,7 +25,7 @@ def _fake(x: Taps, y: Taps, sigma: Sequence[float] | None, mean: bool, reduction
     """The distances, their derivatives by the sums of squares, and minus the logarithmic derivative of those."""
     slope = x[0].new_empty((len(x), x[0].shape[0]), dtype=accumulator(x[0]))
     rate = slope.new_empty(len(x))
-    return torch.empty_like(rate if reduction else slope), slope, rate
+    return torch.empty_like(rate if reduction else slope, dtype=x[0].dtype), slope, rate
 
 
 def _fake_backward(
@@ -122,8 +122,8 @@ def _flops(x: Tensor | Taps, y: Tensor | Taps, *, backward: bool = False, **kwar
 
 
 def _scratch_bytes(x: Tensor | Taps, y: Tensor | Taps, *, backward: bool = False, **kwargs: Any) -> int:
-    # One sum of 8 bytes for every 32,768 features of a sample, or fewer.
-    return sum(8 * t.shape[0] * -(-t[:1].numel() // 2**15) for t in _inputs(x, y)) // 2
+    # One sum of 4 bytes for every 1,024 features of a sample, or fewer.
+    return sum(4 * t.shape[0] * -(-t[:1].numel() // 2**10) for t in _inputs(x, y)) // 2
 
 
 # --- backends and samples --------------------------------------------------------------------------------------------------------

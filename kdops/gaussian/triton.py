@@ -19,18 +19,18 @@ from .reference import ADAPTIVE_FLOOR
 from .spec import REDUCTIONS
 
 FEATURES = 1024  # of a tile
-MAX_STEPS = 64  # tiles of a chunk, which bounds the rounding error of very long rows
+MAX_STEPS = 8  # tiles of a chunk, all loaded at once
 SMALLEST = (
     2.0**-126
 )  # of variances: 0 means adaptive, and that is what float32 makes of the square of a sigma below 1e-22
 PROGRAMS = 16  # on a multiprocessor, where there is enough work
-ROWS, COLUMNS = 16, 64  # of a tile of partial sums
+ROWS, FEW_COLUMNS, MANY_COLUMNS = 16, 64, 512  # of a tile of partial sums
 
 
 @triton.jit
-def _locate(sizes, B, CHUNK: tl.constexpr):
-    """The tap of this program, its sample, and the first feature of its chunk."""
-    number = tl.program_id(0).to(tl.int64)
+def _locate(number, sizes, B, CHUNK: tl.constexpr):
+    """The tap of a program, its sample, and the first feature of its chunk."""
+    number = number.to(tl.int64)
     tap = 0
     begin = number * 0
     size = begin + sizes[0]
@@ -66,13 +66,15 @@ def _squares(
     B,
     STEPS: tl.constexpr,
     FEATURES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program: the sum of squares over one chunk of one sample, which is STEPS tiles of FEATURES."""
-    tap, size, row, first = _locate(sizes, B, STEPS * FEATURES)
+    tiles.start(EARLY)
+    tap, size, row, first = _locate(tl.program_id(0), sizes, B, STEPS * FEATURES)
     x = _select(xs, tap) + row * size
     y = _select(ys, tap) + row * size
     sums = tl.zeros((FEATURES,), tl.float32)
-    for step in tl.range(0, STEPS, num_stages=3):
+    for step in tl.static_range(STEPS):
         f = first + step * FEATURES + tl.arange(0, FEATURES)
         difference = tiles.load(x + f, f < size) - tiles.load(y + f, f < size)
         sums += difference * difference
@@ -106,15 +108,18 @@ def _finish(
     chunks,  # chunks_t
     counts,  # what each sum of squares is divided by: F_t for a mean
     variances,  # sigma_t^2; 0 for adaptive
-    distance,  # (T, B) float32
+    distance,  # (T, B), or (T,) where it is reduced, in the dtype of the taps
     slope,  # (T, B) float32
     rate,  # (T,) float32
     B,
+    REDUCTION: tl.constexpr,
     FLOOR: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One program: all samples of one tap."""
+    tiles.start(EARLY)
     tap = tl.program_id(0)
     partial += _select(firsts, tap)
     n = _select(chunks, tap)
@@ -127,23 +132,34 @@ def _finish(
         variance = total / B + FLOOR
     per_square = 1 / (2 * variance * count)
     tiles.store(rate + tap, per_square, True)
+    share = 1.0
+    if REDUCTION == "mean":
+        share /= B
+    total = 0.0
     for first in range(0, B, ROWS):
         rows = first + tl.arange(0, ROWS)
         exponent = _row_sums(partial, rows, B, n, COLUMNS) * per_square
+        distances = _minus_expm1_of_minus(exponent) * share
         out = tap.to(tl.int64) * B + rows
-        tiles.store(distance + out, _minus_expm1_of_minus(exponent), rows < B)
-        tiles.store(slope + out, per_square * tl.exp(-exponent), rows < B)
+        if REDUCTION == "none":
+            tiles.store(distance + out, distances, rows < B)
+        else:
+            total += tl.sum(tl.where(rows < B, distances, 0.0), 0)
+        tiles.store(slope + out, per_square * tl.exp(-exponent) * share, rows < B)
+    if REDUCTION != "none":
+        tiles.store(distance + tap, total, True)
 
 
 def gaussian_distance(
     x: Sequence[Tensor], y: Sequence[Tensor], sigma: Sequence[float] | None, mean: bool, reduction: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Taps (B, *F_t) -> distance (T, B), or reduced (T,); its derivative by the sums of squares (T, B); the rate (T,). float32."""
+    """Taps (B, *F_t) -> distance (T, B), or reduced (T,), in their dtype; its derivative by the sums of squares (T, B); the rate (T,)."""
     batch = x[0].shape[0]
-    distance, slope = (x[0].new_empty((len(x), batch), dtype=torch.float32) for _ in range(2))
+    distance = x[0].new_empty((len(x), batch) if REDUCTIONS[reduction] == "none" else len(x))
+    slope = x[0].new_empty((len(x), batch), dtype=torch.float32)
     rate = x[0].new_empty(len(x), dtype=torch.float32)
     if batch == 0:
-        return distance.sum(dim=1) if reduction else distance, slope, rate.zero_()
+        return distance.zero_(), slope, rate.zero_()
     pairs = [flat_rows(a, b, (1, 1)) for a, b in zip(x, y, strict=True)]
     sizes = tuple(a.shape[1] for a, _ in pairs)
     steps, chunks = _chunks(sizes, batch, x[0].device)
@@ -153,7 +169,9 @@ def gaussian_distance(
     partial = x[0].new_empty(firsts[-1], dtype=torch.float32)
     if firsts[-1]:
         xs, ys = (tuple(side) for side in zip(*pairs, strict=True))
-        _squares[(firsts[-1],)](xs, ys, sizes, partial, batch, steps, FEATURES, num_warps=4, **tiles.OPTIONS)
+        _squares[(firsts[-1],)](
+            xs, ys, sizes, partial, batch, steps, FEATURES, num_warps=4, **tiles.early(), **tiles.OPTIONS
+        )
     _finish[(len(x),)](
         partial,
         tuple(firsts[:-1]),
@@ -164,15 +182,15 @@ def gaussian_distance(
         slope,
         rate,
         batch,
+        REDUCTIONS[reduction],
         ADAPTIVE_FLOOR,
         ROWS,
-        COLUMNS,
-        num_warps=4,
+        FEW_COLUMNS if max(chunks) <= FEW_COLUMNS else MANY_COLUMNS,
+        num_warps=8,
+        **tiles.early(),
         **tiles.OPTIONS,
     )
-    if REDUCTIONS[reduction] == "mean":
-        distance, slope = distance / batch, slope / batch
-    return distance.sum(dim=1) if reduction else distance, slope, rate
+    return distance, slope, rate
 
 
 def _chunks(sizes: Sequence[int], batch: int, device: torch.device) -> tuple[int, tuple[int, ...]]:
@@ -199,9 +217,14 @@ def _gradients(
     stride_tap: tl.int64,
     stride_row: tl.int64,
     FEATURES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """One program: one tile of one sample, 2 weight (x - y) and its negative."""
-    tap, size, row, first = _locate(sizes, B, FEATURES)
+    """One program: one tile of one sample, 2 weight (x - y) and its negative.
+
+    From the end to the beginning: what `_squares` has read last may still be in the L2 cache.
+    """
+    tiles.start(EARLY)
+    tap, size, row, first = _locate(tl.num_programs(0) - 1 - tl.program_id(0), sizes, B, FEATURES)
     f = first + tl.arange(0, FEATURES)
     at = row * size + f
     difference = tiles.load(_select(xs, tap) + at, f < size) - tiles.load(_select(ys, tap) + at, f < size)
@@ -239,6 +262,7 @@ def gaussian_distance_backward(
             *weight.stride(),
             FEATURES,
             num_warps=4,
+            **tiles.early(),
             **tiles.OPTIONS,
         )
     return [g.settled() for g in grads_x], [g.settled() for g in grads_y]

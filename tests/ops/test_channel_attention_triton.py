@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -18,7 +17,7 @@ import kdops
 from kdops import tiles
 from kdops.channel_attention import triton_distance as kernels
 from kdops.channel_attention import triton_products, triton_residual
-from tests.contract import RecordOps, relative_error
+from tests.contract import Operators, RecordOps, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -205,18 +204,6 @@ def test_channels_last_is_read_without_a_copy(distance: bool, monkeypatch: pytes
         moved = results(last, "triton", torch.float32, distance)
     for mine, first in zip(moved, plain, strict=True):
         torch.testing.assert_close(mine, first)
-
-
-class Operators(TorchDispatchMode):
-    """Names of the operators that run beneath it; on a GPU nearly each of torch's is a launch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_runs_no_operator_of_torch() -> None:

@@ -12,9 +12,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-import kdops  # noqa: F401  (registers the ops)
+import kdops
 from kdops.gaussian import reference
 from kdops.gaussian import triton as kernels
+from tests.contract import Operators
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +40,16 @@ def check(
     upstream = torch.linspace(-1, 2, exact.numel(), dtype=torch.float64, device=DEVICE).view(exact.shape)
     exact_grads = torch.autograd.grad(exact, wide, upstream)
     distance, slope, _ = kernels.gaussian_distance(x, y, sigma, mean, 0)
-    torch.testing.assert_close(distance.double(), exact.detach(), rtol=1e-5, atol=1e-9)
+    assert distance.dtype == x[0].dtype
+    torch.testing.assert_close(distance.double(), exact.detach(), rtol=max(EPS[distance.dtype], 1e-5), atol=1e-9)
+    for number, reduction in ((1, exact.sum(1)), (2, exact.mean(1))):
+        if number == 1 or len(exact[0]):
+            torch.testing.assert_close(
+                kernels.gaussian_distance(x, y, sigma, mean, number)[0].double(),
+                reduction.detach(),
+                rtol=max(EPS[distance.dtype], 1e-5),
+                atol=1e-9,
+            )
     grads_x, grads_y = kernels.gaussian_distance_backward(upstream.float() * slope, x, y, need_x, need_y)
     for grad, truth, tap, needed in zip((*grads_x, *grads_y), exact_grads, (*x, *y), (*need_x, *need_y), strict=True):
         if not needed:
@@ -84,7 +94,8 @@ def test_any_taps(
 def test_more_samples_and_chunks_than_a_tile_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "MAX_STEPS", 1)
     monkeypatch.setattr(kernels, "ROWS", 2)
-    monkeypatch.setattr(kernels, "COLUMNS", 2)
+    monkeypatch.setattr(kernels, "FEW_COLUMNS", 2)
+    monkeypatch.setattr(kernels, "MANY_COLUMNS", 2)
     check(*draw(3, [(3000,), (5,), (2049,)]), None, True)
 
 
@@ -111,6 +122,21 @@ def test_one_launch_reads_all_taps(monkeypatch: pytest.MonkeyPatch) -> None:
     launched.clear()
     kernels.gaussian_distance_backward(slope, x, y, [True] * 5, [False] * 5)
     assert launched == ["_gradients"]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_step_runs_one_operator_of_torch(reduction: str) -> None:
+    """The upstream gradient times the slopes; reductions and casts are within the kernels."""
+    (x,), (y,) = draw(2, [(4, 6)], torch.bfloat16)
+    upstream = torch.ones((2,) if reduction == "none" else (), device=DEVICE, dtype=x.dtype)
+    with Operators() as ran:
+        distance = kdops.gaussian_distance(x.requires_grad_(), y, reduction=reduction, backend="triton")
+        torch.autograd.grad(distance, x, upstream)
+    assert ran.names == [
+        "kdops::gaussian_distance_triton",
+        "aten::mul.Tensor",
+        "kdops::gaussian_distance_backward_triton",
+    ]
 
 
 @pytest.mark.parametrize("shape", [(0, [(4,), (2, 2)]), (2, [(0,), (3,)]), (2, [(0,)])])
