@@ -75,7 +75,7 @@ gpu "contract of Triton's kernels" 150 "$PYTHON" -m benchmarks.contract_gate 140
 wait $building || failed=1
 step info 30 "$PYTHON" -c 'import json, kdops; print(json.dumps(kdops.info(), indent=1))'
 gpu "contract of CUDA's kernels" 70 "$PYTHON" -m benchmarks.contract_gate 60 cuda
-# Float32 tiles of many channels: no sample of the contract has them, and no GPU had run them by 27 November 2026.
+# Float32 tiles of many channels: no sample of the contract has them.
 gpu "channel attention, float32 of 64 and 180 channels" 40 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu \
   -k float32_tiles tests/ops/test_channel_attention_triton.py
 wait $compiling
@@ -85,11 +85,6 @@ wait $compiling
 bench "spatial_attention, 65,536 positions" 75 spatial_attention --without "eager,compile,max-autotune,flex,sdpa efficient" -k "resolution"
 bench "pairwise_distance" 40 contrast --without eager,max-autotune
 bench "channel_attention_distance" 45 channel_attention --without eager,max-autotune -k "distance and teacher"
-# Written without a GPU at hand: right and faster, it becomes what `cuda` does (docs/performance/contrast.md).
-gpu "signs on tensor cores, contract" 40 env KDOPS_TENSOR_SIGNS=1 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_contract.py \
-  -k "pairwise and cuda"
-gpu "signs on tensor cores, figures" 30 env KDOPS_TENSOR_SIGNS=1 "$PYTHON" -m pytest -q -s -p no:cacheprovider --benchmark-only --device cuda \
-  --without eager,max-autotune,compile,cdist benchmarks/bench_contrast.py
 bench "mscn" 60 nss --without "eager,max-autotune,convolved"
 bench "gaussian_distance" 45 gaussian --without eager,max-autotune
 bench "affinity_distance" 45 affinity --without eager,max-autotune
