@@ -16,7 +16,7 @@ from functools import partial
 from itertools import product
 from math import log
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,8 +69,12 @@ KERNELS = {
     },
     "codebook": {"student": Load(2, 1, 2), "statistics": Load(2, 1, 0), "slopes": Load(2, 1, 1)},
 }
-# What else is worth trying: values that are not the columns a tile late; one of the numbers of each column a tile ahead.
-ORDERS = {"attend": "late", "attend given": "late", "slopes shared": "ahead"}
+# What else is worth trying: values that are not the columns a tile late; a number of each column a tile ahead; two as one.
+ORDERS: dict[str, tuple[dict[str, bool], ...]] = {
+    "attend": ({"late": True},),
+    "attend given": ({"late": True}, {"together": True}, {"late": True, "together": True}),
+    "slopes shared": ({"ahead": True}, {"together": True}),
+}
 TABLES = {"spatial_attention": attention_table, "codebook": codebook_table}
 
 
@@ -82,7 +86,7 @@ def candidates(op: str, kernel: str, channels: int) -> Iterator[Job]:
     whole = kind._field_defaults["slice"]
     slices = (128, 256, whole) if channels > 256 and load.sums == 1 else (whole,)
     depths = (2, 3, 4) if channels <= 128 else (2, 3)
-    orders = ({}, {ORDERS[kernel]: True}) if kernel in ORDERS else ({},)
+    orders: tuple[dict[str, Any], ...] = ({}, *ORDERS.get(kernel, ()))
     if op == "spatial_attention" and channels <= 128:
         orders = (*orders, {"registers": THREE_PROGRAMS})
     for (rows, warps), columns, stages, piece, order in product(

@@ -122,8 +122,8 @@ def _flops(x: Tensor | Taps, y: Tensor | Taps, *, backward: bool = False, **kwar
 
 
 def _scratch_bytes(x: Tensor | Taps, y: Tensor | Taps, *, backward: bool = False, **kwargs: Any) -> int:
-    # One sum of 4 bytes for every 1,024 features of a sample, or fewer.
-    return sum(4 * t.shape[0] * -(-t[:1].numel() // 2**10) for t in _inputs(x, y)) // 2
+    # One sum of 4 bytes for every 2,048 features of a sample, or fewer.
+    return sum(4 * t.shape[0] * -(-t[:1].numel() // 2**11) for t in _inputs(x, y)) // 2
 
 
 # --- backends and samples --------------------------------------------------------------------------------------------------------

@@ -18,13 +18,14 @@ from ..layout import flat_rows, gradient_rows, settle
 from .reference import ADAPTIVE_FLOOR
 from .spec import REDUCTIONS
 
-FEATURES = 1024  # of a tile
-MAX_STEPS = 8  # tiles of a chunk, all loaded at once
+FEATURES = 1024  # of a tile of gradients
+SUMMED = 2048  # features of a tile whose squares are summed up
+MAX_STEPS = 4  # tiles of a chunk, all loaded at once
 SMALLEST = (
     2.0**-126
 )  # of variances: 0 means adaptive, and that is what float32 makes of the square of a sigma below 1e-22
 PROGRAMS = 16  # on a multiprocessor, where there is enough work
-ROWS, FEW_COLUMNS, MANY_COLUMNS = 16, 64, 512  # of a tile of partial sums
+ROWS, COLUMNS = 16, 128  # of a tile of partial sums
 
 
 @triton.jit
@@ -170,7 +171,7 @@ def gaussian_distance(
     if firsts[-1]:
         xs, ys = (tuple(side) for side in zip(*pairs, strict=True))
         _squares[(firsts[-1],)](
-            xs, ys, sizes, partial, batch, steps, FEATURES, num_warps=4, **tiles.early(), **tiles.OPTIONS
+            xs, ys, sizes, partial, batch, steps, SUMMED, num_warps=8, **tiles.early(), **tiles.OPTIONS
         )
     _finish[(len(x),)](
         partial,
@@ -185,8 +186,8 @@ def gaussian_distance(
         REDUCTIONS[reduction],
         ADAPTIVE_FLOOR,
         ROWS,
-        FEW_COLUMNS if max(chunks) <= FEW_COLUMNS else MANY_COLUMNS,
-        num_warps=8,
+        COLUMNS,
+        num_warps=4,
         **tiles.early(),
         **tiles.OPTIONS,
     )
@@ -195,10 +196,10 @@ def gaussian_distance(
 
 def _chunks(sizes: Sequence[int], batch: int, device: torch.device) -> tuple[int, tuple[int, ...]]:
     """Tiles of a chunk, a power of two so that few kernels are compiled, and chunks of a sample of each tap."""
-    tiles_of_all = batch * sum(triton.cdiv(size, FEATURES) for size in sizes)
+    tiles_of_all = batch * sum(triton.cdiv(size, SUMMED) for size in sizes)
     wanted = triton.cdiv(tiles_of_all, tiles.multiprocessors(device) * PROGRAMS)
     steps = min(MAX_STEPS, triton.next_power_of_2(max(wanted, 1)))
-    return steps, tuple(triton.cdiv(size, steps * FEATURES) for size in sizes)
+    return steps, tuple(triton.cdiv(size, steps * SUMMED) for size in sizes)
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------------------

@@ -94,9 +94,8 @@ def test_any_taps(
 def test_more_samples_and_chunks_than_a_tile_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "MAX_STEPS", 1)
     monkeypatch.setattr(kernels, "ROWS", 2)
-    monkeypatch.setattr(kernels, "FEW_COLUMNS", 2)
-    monkeypatch.setattr(kernels, "MANY_COLUMNS", 2)
-    check(*draw(3, [(3000,), (5,), (2049,)]), None, True)
+    monkeypatch.setattr(kernels, "COLUMNS", 2)
+    check(*draw(3, [(5000,), (5,), (4097,)]), None, True)
 
 
 @pytest.mark.parametrize("z", [0.0, 1e-9, 1e-3, 0.3, 0.4999, 0.5001, 3.0, 200.0])
