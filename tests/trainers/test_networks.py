@@ -297,6 +297,8 @@ def test_stated_sizes_are_the_least(arch: str) -> None:
 @pytest.mark.parametrize("arch", [pytest.param(a, marks=pytest.mark.slow) if a in SLOW_TO_EXPORT else a for a in SMALL])
 def test_exported_program_equals_the_network_at_another_size(arch: str) -> None:
     """torch.export is what the ONNX exporter starts from; height and width stay free."""
+    if arch == "rlfn" and torch.__version__.startswith("2.11."):
+        pytest.skip("torch 2.11 exports max pooling of stride 3 only for sizes of which each leaves the same remainder")
     network, options = make(arch)
     unit = MODELS[arch].multiple_of(options)
     sizes = [unit * torch.export.Dim(name, min=-(-24 // unit), max=128 // unit) for name in ("height", "width")]
