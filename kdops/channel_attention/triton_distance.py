@@ -22,7 +22,8 @@ ROWS = 16  # of a C x C matrix that a program works on
 # Chunks of up to so many channels that every block of rows sums for itself: it reads at most 640 KiB from the L2 cache, in 6 us, as long as
 # a launch that sums them and the gap before it. With more channels registers spill, and each block would read more, and more often.
 FEW_CHUNKS, FEW_CHANNELS = 32, 64
-FEW_DEPTH, FEW_WARPS, FEW_AHEAD = 32, 16, 8
+FEW_DEPTH, FEW_AHEAD = 32, 8  # channels of a step then, and loads at once
+FEW_WARPS = 16  # registers for one program on a multiprocessor: those that start early would crowd on the first ones that have room
 DEPTH = 16
 
 # --- C x C matrices ---------------------------------------------------------------------------------------------------------------
