@@ -109,6 +109,24 @@ def test_what_two_terms_share_is_counted_for_the_first() -> None:
     assert costs.terms["second"].forward_peak == near(MAP)  # the square alone: its argument was there
 
 
+def test_what_a_term_holds_is_freed_on_the_way_back() -> None:
+    """As in training, unless a later term needs it: when the widest sine is gone back through, all is gone but its own argument."""
+    kept: list[Tensor] = []
+
+    def wide(out: Tensor, target: Tensor) -> Tensor:
+        small = out.repeat(4, 1, 1, 1).sin().exp().mean(dim=0)
+        for _ in range(4):
+            small = small.sin().exp()
+        kept[:] = [small.mean()]
+        return kept[0]
+
+    alone = costs_of({"wide": wide}).terms["wide"]
+    kept.clear()
+    shared = costs_of({"wide": wide, "twice": lambda out, target: kept.pop() * 2}).terms["wide"]
+    assert shared.held == alone.held == near(13 * MAP)  # sines keep their arguments, exponentials their results
+    assert shared.backward_peak - alone.backward_peak == near(9 * MAP)
+
+
 def test_work_without_a_gradient_goes_with_the_call_after_it() -> None:
     def plain(out: Tensor, target: Tensor) -> Tensor:
         return out.mean()
