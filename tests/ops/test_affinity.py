@@ -186,6 +186,10 @@ def test_costs_by_hand() -> None:
     assert spec._bytes(*many) == 4 * 2 * 100 * 8
     scratch = [spec._scratch_bytes(*many, p=p) for p in (1, 2)]
     assert scratch == [2 * 100 * 4 * 3 * 8 + 2**20, 8 * 2 * 8**2 + 8 * 2**20]
+    least = [
+        drawn(2, c, 6, dtype=torch.float32) for c in (3, 5)
+    ]  # no more positions than channels: their slopes are kept
+    assert spec._scratch_bytes(*least) == 2 * 6 * 4 * (3 * 8 + 6 + spec.SLOPES) + 2**20
     many[0].requires_grad_()
     assert spec._flops(*many, p=1, backward=True) == 2 * 100**2 * (2 * 8 + 2 * 3)
     assert spec._flops(*many, p=2, backward=True) == 2 * 2 * 100 * (3 * 3 + 3 * 5 + 5 * 5 + 3 * 8)
