@@ -48,6 +48,15 @@ def test_ground_truth_is_cropped_to_the_input(tmp_path: Path) -> None:
     assert torch.equal(lq, imresize(gt[:, :15, :18], 1 / 3))
 
 
+def test_ground_truth_is_cropped_to_an_input_from_a_file(tmp_path: Path) -> None:
+    gt, lq = noise(17, 20), noise(5, 6)
+    write_png(tmp_path / "gt.png", gt)
+    write_png(tmp_path / "lq.png", lq)
+    found = Pairs([PairFiles("a", tmp_path / "gt.png", tmp_path / "lq.png")], 3)[0]
+    assert torch.equal(found[0], lq)
+    assert torch.equal(found[1], gt[:, :15, :18])
+
+
 def test_an_input_counts_in_the_cache_where_it_is_an_image_of_its_own(tmp_path: Path) -> None:
     """The input of noise is the ground truth itself, in memory once."""
     files = write_pairs(tmp_path, [(8, 8)] * 3)
