@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +48,14 @@ def test_explain_of_what_it_does_not_know() -> None:
         kdops.explain("pairwise_distance", 3)
 
 
+def test_explain_finds_tensors_by_keyword_and_in_lists() -> None:
+    """A dtype that the kernels refuse says whether a tensor was looked at."""
+    x, y = torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, dtype=torch.float8_e4m3fn)
+    by_name = kdops.explain("affinity_distance", student=x, teacher=y)
+    assert by_name == kdops.explain("affinity_distance", x, y) == kdops.explain("affinity_distance", [x, y])
+    assert "float8_e4m3fn is not among" in by_name["reference"]
+
+
 def test_context_forces_and_restores() -> None:
     before = kdops.info()["default_backend"]
     with kdops.backend("reference"):
@@ -56,6 +65,14 @@ def test_context_forces_and_restores() -> None:
     assert kdops.info()["default_backend"] == before
     with pytest.raises(ValueError, match="no such backend"), kdops.backend("gpu"):
         pass
+
+
+def test_context_restores_what_was_set_around_it_after_an_error_too() -> None:
+    with kdops.backend("reference"):
+        with pytest.raises(ZeroDivisionError), kdops.backend("cpu"):
+            raise ZeroDivisionError
+        assert kdops.info()["default_backend"] == "reference"
+    assert kdops.info()["default_backend"] == "auto"
 
 
 def test_context_belongs_to_its_thread() -> None:
@@ -83,6 +100,43 @@ def test_cuda_goes_before_triton_where_an_op_says_so(monkeypatch: pytest.MonkeyP
         assert kdops.dispatch.choose("mscn", [image]).name == "cuda"
         assert kdops.dispatch.choose("gaussian_distance", [row, row]).name == "triton"
         assert kdops.dispatch.choose("mscn", [image.double()]).name == "reference"
+        monkeypatch.setattr(kdops.dispatch, "MISSING_CUDA", "nobody built it")
+        assert kdops.dispatch.choose("mscn", [image]).name == "triton"
+
+
+def test_without_the_extension_the_reference_runs_and_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not Triton's interpreter, which is here in tests."""
+    monkeypatch.setattr(kdops.dispatch, "MISSING_CPU", "nobody built it")
+    x = torch.randn(2, 3)
+    assert kdops.dispatch.choose("pairwise_distance", [x, x]).name == "reference"
+    with pytest.raises(RuntimeError, match="cannot run because nobody built it"):
+        kdops.pairwise_distance(x, x, backend="cpu")
+    assert kdops.info()["cpu"].startswith("not available: nobody built it")
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3)
+    monkeypatch.setattr(kdops.dispatch, "HAVE_TRITON", True)
+    monkeypatch.setattr(kdops.dispatch, "TRITON_INTERPRETS", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "TRITON_INTERPRET=1" in kdops.explain("pairwise_distance", x, x)["triton"]
+    assert kdops.info()["triton"].startswith("not available: no CUDA device")
+    monkeypatch.setattr(kdops.dispatch, "HAVE_TRITON", False)
+    assert "triton is not installed" in kdops.explain("pairwise_distance", x, x)["triton"]
+    assert kdops.info()["triton"] == "not available: triton is not installed"
+
+
+def test_an_extension_that_is_missing_or_broken_is_a_reason_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kdops.dispatch, "_HERE", tmp_path)
+    (tmp_path / "_build.json").write_text('{"cpu": {"reason": "no compiler')  # cut short
+    assert kdops.info()["build"] == {}
+    assert "it was not built" in str(kdops.dispatch._load_extension("_C", "cpu"))
+    (tmp_path / "_build.json").write_text('{"cpu": {"reason": "no compiler"}}')
+    assert kdops.dispatch._load_extension("_C", "cpu") == "the cpu extension is missing: no compiler"
+    (tmp_path / "_C.abi3.so").write_bytes(b"not a library")
+    assert "_C.abi3.so does not load" in str(kdops.dispatch._load_extension("_C", "cpu"))
 
 
 def test_info_names_every_backend() -> None:
@@ -113,6 +167,8 @@ def test_a_backend_that_an_op_lacks_is_said() -> None:
 def test_meta_tensors_take_the_reference() -> None:
     x = torch.zeros(3, 5, device="meta")
     assert kdops.pairwise_distance(x, x).shape == (3, 3)
+    with pytest.raises(RuntimeError, match="a tensor is on meta and this backend needs cpu"):
+        kdops.pairwise_distance(x, x, backend="cpu")
 
 
 def test_other_layouts_and_dtypes_are_refused_with_the_reason() -> None:
@@ -146,6 +202,15 @@ def test_transforms_want_the_reference(transform: Callable[..., Any]) -> None:
     with pytest.raises(NotImplementedError, match=r"no rules for torch\.func"):
         of("cpu")
     assert of("reference").isfinite().all()
+
+
+def test_transforms_of_any_argument_are_seen() -> None:
+    """Of the second alone: the first is a plain tensor."""
+    x, y = torch.randn(2, 3), torch.randn(2, 3)
+    with pytest.raises(NotImplementedError, match=r"no rules for torch\.func"):
+        torch.func.grad(lambda b: kdops.pairwise_distance(x, b, backend="cpu").sum())(y)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        kdops.pairwise_distance(x, torch.autograd.forward_ad.make_dual(y, y), backend="cpu")
 
 
 def test_forward_mode_is_refused_in_compiled_code_too() -> None:

@@ -117,6 +117,40 @@ def test_early_starts_only_where_there_are_some(
     assert tiles.early() == ({"EARLY": True, "launch_pdl": True} if early else {"EARLY": False})
 
 
+@pytest.mark.parametrize(
+    ("architecture", "precision"),
+    [("cuda:80", "tf32x3"), ("cuda:100", "tf32x3"), ("hip:gfx942", "ieee"), ("interpreter", "ieee")],
+)
+def test_float32_is_multiplied_as_float32(architecture: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain "tf32" would keep 11 bits, and "tf32x3" is an error elsewhere."""
+    monkeypatch.setattr(tiles, "architecture", lambda: architecture)
+    assert tiles.precision() == precision
+
+
+@pytest.mark.parametrize("resident", [0, 1, 8])
+def test_chunks_are_neither_none_nor_longer_than_rounding_allows(resident: int) -> None:
+    """Many programs want no chunks of their own; a long sum is cut all the same, and a short one not below SHORTEST_CHUNK."""
+    cpu = torch.device("cpu")
+    for positions in (1, 255, 256, 4096, 4097, 10**6):
+        for programs in (1, 7, 10**6):
+            count = tiles.chunks(positions, programs, cpu, resident)
+            assert count >= 1
+            assert positions <= count * 4096
+            assert count == 1 or positions > (count - 1) * 256
+    assert tiles.chunks(10**4, 1, cpu, resident) >= tiles.chunks(10**4, 10**6, cpu, resident) == 3
+    assert tiles.chunks(10**4, 1, cpu, 8) > 3
+
+
+def test_parts_hold_every_channel_in_sides_that_a_product_takes() -> None:
+    """The interpreter would take sides below 16, a GPU does not."""
+    for channels in range(1, 600):
+        first, second = tiles.parts(channels)
+        assert first + second >= channels
+        assert all(side >= 16 and side & (side - 1) == 0 for side in (first, second) if side)
+        assert second < first
+    assert (tiles.parts(180), tiles.parts(64), tiles.parts(3)) == ((128, 64), (64, 0), (16, 0))
+
+
 def test_kernels_that_start_early_wait_first() -> None:
     """What stood before the wait would read what the launch before is still writing."""
     functions = [

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kdops
 import kdops.nn
+from kdops.affinity import spec
 from tests.contract import RecordOps, relative_error
 
 ONE = torch.zeros(1, 1, 1, dtype=torch.float64)  # what takes float64; tests/ops/test_affinity_triton.py has the rest
@@ -163,6 +164,38 @@ def test_unneeded_gradient_is_empty_in_the_raw_operator(backend: str) -> None:
         assert [g.numel() for g in calls["kdops::affinity_distance_backward"]] == [60, 0]
 
 
+def test_defaults_are_fakds() -> None:
+    """The mean of the absolute values, each column over its own norm: 1e-8 is nothing beside it."""
+    student, teacher = drawn(2, 3, 4, 5), drawn(2, 6, 4, 5, seed=1)
+    np.testing.assert_allclose(
+        kdops.affinity_distance(student, teacher).numpy(), by_loops(student, teacher, 1, 1e-8) / 20**2, rtol=1e-10
+    )
+
+
+def test_an_eps_is_a_number() -> None:
+    with pytest.raises(TypeError, match="eps is '1'"):
+        kdops.affinity_distance(drawn(1, 2, 3), drawn(1, 2, 3), eps="1")  # type: ignore[arg-type]
+
+
+def test_costs_by_hand() -> None:
+    """`kdtrain plan` rests on them. B = 2, Cs = 3, Ct = 5, float32: by tiles at N = 16 = 2 (Cs + Ct), by Grams beyond."""
+    few, many = ([drawn(2, c, n, dtype=torch.float32) for c in (3, 5)] for n in (16, 100))
+    assert [spec.by_grams(*maps, p) for maps in (few, many) for p in (1, 2)] == [False, False, False, True]
+    assert spec._flops(*many, p=1) == 2 * 100**2 * 8  # a multiply and an add, of half of the pairs
+    assert spec._flops(*many, p=2) == 2 * 2 * 100 * (3 * 3 + 3 * 5 + 5 * 5)
+    assert spec._bytes(*many) == 4 * 2 * 100 * 8
+    scratch = [spec._scratch_bytes(*many, p=p) for p in (1, 2)]
+    assert scratch == [2 * 100 * 4 * 3 * 8 + 2**20, 8 * 2 * 8**2 + 8 * 2**20]
+    least = [
+        drawn(2, c, 6, dtype=torch.float32) for c in (3, 5)
+    ]  # no more positions than channels: their slopes are kept
+    assert spec._scratch_bytes(*least) == 2 * 6 * 4 * (3 * 8 + 6 + spec.SLOPES) + 2**20
+    many[0].requires_grad_()
+    assert spec._flops(*many, p=1, backward=True) == 2 * 100**2 * (2 * 8 + 2 * 3)
+    assert spec._flops(*many, p=2, backward=True) == 2 * 2 * 100 * (3 * 3 + 3 * 5 + 5 * 5 + 3 * 8)
+    assert spec._bytes(*many, backward=True) == 4 * 2 * 100 * (2 * 8 + 3)
+
+
 def test_module_is_the_function() -> None:
     student, teacher = drawn(2, 3, 4, 5), drawn(2, 6, 4, 5, seed=1)
     module = kdops.nn.AffinityDistance(p=2, statistic="sum", eps=1e-3)
@@ -178,11 +211,13 @@ def test_module_is_the_function() -> None:
         (((2, 3, 4), (1, 3, 4)), {}, "with the same B"),
         (((2, 3, 4, 1), (2, 3, 4)), {}, "spatial axes"),
         (((2, 3), (2, 3)), {}, "spatial axes"),
+        (((2, 3, 1, 1, 1, 4), (2, 3, 1, 1, 1, 4)), {}, "one to three equal spatial axes"),
         (((2, 3, 0), (2, 3, 0)), {}, "at least one channel and one position"),
         (((2, 3, 4), (2, 0, 4)), {}, "at least one channel and one position"),
         (((2, 3, 4), (2, 3, 4)), {"p": 3}, "p is 3, but it must be one of 1, 2"),
         (((2, 3, 4), (2, 3, 4)), {"statistic": "max"}, "'mean', 'sum'"),
         (((2, 3, 4), (2, 3, 4)), {"eps": -1.0}, "at least 0"),
+        (((2, 3, 4), (2, 3, 4)), {"eps": math.nan}, "at least 0"),
     ],
 )
 def test_errors_say_what_is_needed(shapes: tuple[tuple[int, ...], ...], options: dict[str, object], says: str) -> None:

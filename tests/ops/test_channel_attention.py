@@ -244,7 +244,11 @@ def test_modules_are_the_functions() -> None:
         (((2, 4), (2, 4), (2, 4)), {}, "spatial"),
         (((2, 0, 6), (2, 4, 6), (2, 4, 6)), {}, "at least one channel and one position"),
         (((2, 4, 0), (2, 4, 0), (2, 4, 0)), {}, "at least one channel and one position"),
+        (((2, 4, 6), (2, 4, 6), (2, 4, 0)), {}, "at least one channel and one position"),
+        (((2, 4, 6), (2, 4, 6), (1, 4, 6)), {}, "they must be"),
+        (((2, 4, 6), (2, 4, 6), (2, 4, 1, 1, 1, 6)), {}, "one to three spatial axes"),
         (((2, 4, 6), (2, 3, 6), (2, 3, 6)), {"heads": 2}, "divides the channels of query 4 and key 3"),
+        (((2, 3, 6), (2, 4, 6), (2, 4, 6)), {"heads": 2}, "divides the channels of query 3 and key 4"),
         (((2, 4, 6), (2, 4, 6), (2, 4, 6)), {"heads": 0}, "heads is 0"),
     ],
 )
@@ -253,10 +257,52 @@ def test_errors_say_what_is_needed(shapes: tuple[tuple[int, ...], ...], options:
         kdops.channel_attention(*(drawn(*shape) for shape in shapes), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"scale": "0.5"}, "scale is '0.5'"),
+        ({"scale": torch.ones(())}, "scale is a tensor"),
+        ({"heads": 2.0}, "heads is 2.0"),
+    ],
+)
+def test_options_are_numbers(options: dict[str, object], says: str) -> None:
+    maps = [drawn(2, 4, 6, seed=i) for i in range(4)]
+    with pytest.raises(TypeError, match=says):
+        kdops.channel_attention(*maps[:3], **options)
+    with pytest.raises(TypeError, match=says):
+        kdops.channel_attention_distance(*maps, **options)
+
+
+def test_costs_by_hand() -> None:
+    """`kdtrain plan` rests on them. B = 2, Cq = 6, Ck = 4, N = 10 positions of the key, M = 15 of the value, 2 heads, float32."""
+    query, key, value, target = (drawn(2, c, n, dtype=torch.float32) for c, n in ((6, 10), (4, 10), (4, 15), (6, 15)))
+    pairs = 2 * 2 * 6 * 4 // 2
+    assert spec._flops(query, key, value, heads=2) == pairs * (10 + 15)
+    assert spec._bytes(query, key, value) == 4 * 2 * (6 * 10 + 4 * 10 + 4 * 15 + 6 * 15)
+    assert spec._bytes(query, key, key) == 4 * 2 * (6 * 10 + 4 * 10 + 6 * 10)  # one tensor in both roles is read once
+    assert spec._bytes(query, key, value, target) == 4 * 2 * (6 * 10 + 4 * 10 + 4 * 15 + 6 * 15)
+    query.requires_grad_()
+    assert spec._flops(query, key, value, heads=2, backward=True) == pairs * (10 + 15 + 15 + 10)
+    read = 4 * 2 * (6 * 10 + 4 * 10 + 4 * 15 + 6 * 15)
+    assert spec._bytes(query, key, value, backward=True) == 2 * read + query.nbytes
+    kept = spec._scratch_bytes(query, key, value, target) - spec._scratch_bytes(query, key, value)
+    assert kept == 4 * (target.numel() + 3 * 2 * 6 * 4)  # the residual, and sums of three Grams more
+
+
+def test_a_residual_that_is_not_kept_is_formed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = [drawn(2, 4, 10, seed=i).requires_grad_() for i in range(4)]
+    kept = spec._flops(*maps, backward=True)
+    monkeypatch.setattr(spec, "MOST_KEPT", 2 * 4 * 10 - 1)
+    assert spec._flops(*maps, backward=True) - kept == 2 * 2 * 4 * 4 * 10
+
+
 def test_errors_of_the_distance() -> None:
     maps = [drawn(2, 4, 6, seed=i) for i in range(3)]
     with pytest.raises(ValueError, match=r"target \(2, 3, 6\) float64, but it must have the channels of query"):
         kdops.channel_attention_distance(*maps, drawn(2, 3, 6))
+    for shape in ((2, 4, 5), (2, 4, 2, 3), (1, 4, 6)):
+        with pytest.raises(ValueError, match="the positions of value"):
+            kdops.channel_attention_distance(*maps, drawn(*shape))
     with pytest.raises(ValueError, match="'mean', 'sum'"):
         kdops.channel_attention_distance(*maps, drawn(2, 4, 6), statistic="max")
 

@@ -129,6 +129,19 @@ LAYOUTS = {
 }
 
 
+@both_ways
+def test_a_sample_does_not_read_the_next(normalize: str) -> None:
+    """Whole tiles of positions, and channels that do not fill theirs: behind the last channel lies the next sample's first."""
+    both = drawn(*[(2, 20, 128)] * 3)
+    alone = [t.detach()[:1].clone().requires_grad_() for t in both]
+    with torch.no_grad():
+        for t in both:
+            t[1] = math.nan
+    found = [results(tensors, (0, 1, 2), "triton", normalize=normalize) for tensors in (both, alone)]
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine[:1], expected)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dense_layouts_are_read_where_they_lie(layout: str) -> None:
     tensors = drawn((2, 6, 5, 8), (2, 6, 7, 4), frozen=(0, 1))

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainers.config import Data, TrainFolders, ValSet
+from trainers.data.degradations import Noise
 from trainers.data.folders import PairFiles, match_folders
-from trainers.data.images import read_image, stored_size, to_float, write_png
+from trainers.data.images import stored_size, to_float, write_png
 from trainers.data.loader import batches
-from trainers.data.pairs import Pairs
 from trainers.data.resize import imresize
 from trainers.data.sets import (
     TrainSet,
@@ -93,6 +93,13 @@ def test_input_and_ground_truth_show_the_same_place(tmp_path: Path, scale: int) 
     for step, index in itertools.product(range(30), range(4)):
         lq, gt = samples.sample(0, step, index)
         assert torch.equal(enlarge(lq, scale), gt)
+
+
+def test_inputs_from_a_folder_are_not_degraded_again(tmp_path: Path) -> None:
+    """The degradation of the data is for the folders that have no inputs."""
+    samples = TrainSet(write_pairs(tmp_path, [(16, 20)]), scale=2, patch=8, batch=4, degradation=Noise(sigma=50.0))
+    lq, gt = samples.sample(0, 0, 0)
+    assert torch.equal(enlarge(lq, 2), gt)
 
 
 def test_an_epoch_is_shuffled_without_replacement_by_area(tmp_path: Path) -> None:
@@ -252,41 +259,6 @@ def test_a_worker_killed_while_the_loader_ends_it_is_not_missed(
     made.close()
     assert not printed
     assert not worker.is_alive()
-
-
-# --- pairs in memory ---
-
-
-def test_the_cache_is_bounded_and_drops_the_least_recently_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = write_pairs(tmp_path, [(8, 8)] * 4)
-    one = 3 * (8 * 8 + 16 * 16)
-    pairs = Pairs(files, 2, cache_bytes=2 * one)
-    read: list[str] = []
-    monkeypatch.setattr(
-        "trainers.data.pairs.read_image", lambda path, **how: (read.append(path.stem), read_image(path, **how))[1]
-    )
-    for index in (0, 1, 0, 2, 0, 1):
-        pairs[index]
-    assert read[::2] == ["0", "1", "2", "1"]  # ground truths; inputs follow them
-    for index in range(4):
-        assert torch.equal(enlarge(pairs[index][0], 2), pairs[index][1])
-        assert pairs._cached_bytes <= 2 * one
-
-
-def test_an_image_larger_than_the_cache_is_still_served(tmp_path: Path) -> None:
-    pairs = Pairs(write_pairs(tmp_path, [(8, 8)]), 2, cache_bytes=10)
-    assert pairs[0][1].shape == (3, 16, 16)
-    assert pairs._cached_bytes == 0
-
-
-def test_ground_truth_is_cropped_to_the_input(tmp_path: Path) -> None:
-    gt = noise(17, 20)
-    write_png(tmp_path / "gt" / "a.png", gt)
-    lq, cropped = Pairs([PairFiles("a", tmp_path / "gt" / "a.png", None)], 3)[0]
-    assert torch.equal(cropped, gt[:, :15, :18])
-    assert torch.equal(lq, imresize(gt[:, :15, :18], 1 / 3))
 
 
 # --- validation sets ---

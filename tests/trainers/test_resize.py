@@ -92,6 +92,48 @@ def test_uint8_arithmetic_is_the_same_for_uint8_and_float_images(scale: float, b
     torch.testing.assert_close(resized, expected.float() / 255)
 
 
+# Keys' kernel, stretched and lowered by 2, at the distances 0.5, 1.5, 2.5 and 3.5 of halved rows.
+HALVED = [111 / 256, 29 / 256, -9 / 256, -3 / 256]
+
+
+def test_halving_has_the_weights_of_keys_kernel() -> None:
+    row = torch.zeros(16, 1, dtype=torch.float64)
+    row[8] = 1.0  # output i lies at 2 i + 0.5
+    expected = [0.0, 0.0, HALVED[3], HALVED[1], HALVED[0], HALVED[2], 0.0, 0.0]
+    torch.testing.assert_close(imresize(row, 0.5).flatten().tolist(), expected)
+    whole = imresize((128 * row).to(torch.uint8), 0.5).flatten().tolist()
+    assert whole == [0, 0, 0, 15, 56, 0, 0, 0]  # 14.5 and 55.5 are rounded up
+
+
+@pytest.mark.parametrize(("border", "place"), [("symmetric", 2), ("replicate", 0)])
+def test_what_lies_beyond_the_border(border: Border, place: int) -> None:
+    """The first output looks 3 pixels beyond: at the third mirrored, or at the first three times more."""
+    row = torch.zeros(16, 1, dtype=torch.float64)
+    row[place] = 1.0
+    expected = HALVED[1] + HALVED[3] if place else HALVED[0] + sum(HALVED[1:])
+    assert imresize(row, 0.5, border=border)[0].item() == pytest.approx(expected)
+
+
+def test_rows_are_rounded_before_columns() -> None:
+    image = torch.randint(0, 256, (12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+    def rows(pixels: Tensor) -> Tensor:
+        return torch.cat([imresize(column, 0.5) for column in pixels.split(1, dim=1)], dim=1)
+
+    assert torch.equal(imresize(image, 0.5), rows(rows(image).T).T)
+    assert not torch.equal(imresize(image, 0.5), rows(rows(image.T).T))
+
+
+def test_uint16_has_a_range_of_its_own() -> None:
+    edge = torch.zeros(8, 8, dtype=torch.uint16)
+    edge[:, 4:] = 65535
+    resized = imresize(edge, 2.0)
+    assert resized.dtype == torch.uint16
+    exact = imresize(edge.double(), 2.0).clamp(0, 65535)
+    assert (resized.double() - exact).abs().max() <= 0.5
+    assert exact.frac().any()  # so that rounding is seen
+
+
 def test_float_overshoots_and_uint8_clips() -> None:
     edge = torch.zeros(1, 8, 8)
     edge[..., 4:] = 1.0
