@@ -83,7 +83,7 @@ TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
             64: Tile(64, 128, 4, 3),
             128: Tile(64, 64, 4, 3, ahead=True),  # in shared memory two programs fit to the byte
             192: Tile(128, 64, 8, 3, together=True),
-            256: Tile(128, 64, 8, 2),
+            256: Tile(128, 64, 8, 2, together=True),
             384: Tile(128, 32, 8, 2),
             512: Tile(64, 16, 4, 2, 128),
         },
