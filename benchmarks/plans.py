@@ -54,10 +54,8 @@ PREDICTED = """
 ## How right the predictions are
 
 Memory and time of measured steps as they are predicted without running them; steps from which the predictions were learned are left
-out. Memory is within 10.1 %. One thing was changed after these were seen: steps are built on patches of their own size, where those of
-64 and 128 that predictions are learned from were built on the config's, 128 here (10 MiB more at 64); it was not run again. Times are
-further off, and those of steps of more than 3 s most: they were run once, and a first run takes fresh memory from the system, which
-small steps do not show.
+out. Memory is within 10.5 %. Times are further off, and those of steps of more than 3 s most: they were run once, and a first run takes
+fresh memory from the system, which small steps do not show.
 """
 PARTS = """
 ## By network and loss term
