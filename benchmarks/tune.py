@@ -112,8 +112,8 @@ def _maps(count: int, images: int, channels: int, device: str) -> list[Tensor]:
 
 def _attention(job: Job, device: str) -> Launch:
     q, k, g = map(features, _maps(3, 1, job.channels, device))
-    statistics = torch.full((1, 2, SIDE * SIDE), 9.0, device=device)
-    delta, out, scale = torch.zeros_like(statistics[:, 0]), features(torch.empty_like(k.data)), job.channels**-0.5
+    statistics = torch.full((1, SIDE * SIDE, 2), 9.0, device=device)
+    delta, out, scale = torch.zeros_like(statistics[..., 0]), features(torch.empty_like(k.data)), job.channels**-0.5
     attend = partial(attention._launch_attend, tile=job.tile)
     slopes = partial(attention._launch_slopes, tile=job.tile)
     return {

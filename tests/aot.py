@@ -73,7 +73,7 @@ def spatial_attention(everything: bool) -> Calls:
 
     def calls(c: int, dtype: torch.dtype, value: bool) -> Calls:
         """Forward and backward: the teacher queries, or the student does and is its own value."""
-        x, y, statistics = empty(2, c, 64, 64, dtype=dtype), empty(2, c, 64, 64, dtype=dtype), empty(2, 2, 4096)
+        x, y, statistics = empty(2, c, 64, 64, dtype=dtype), empty(2, c, 64, 64, dtype=dtype), empty(2, 4096, 2)
         logits = empty(0)
         v = x if value else None
         yield lambda: ops.spatial_attention(x, y, v, None, False)

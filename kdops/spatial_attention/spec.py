@@ -39,19 +39,20 @@ def kept_logits(query: Tensor, key: Tensor) -> int:
 def _fake_triton(
     query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, over_query: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The result; of every softmax the highest logit and the logarithm of the sum relative to it; and no logits."""
+    """The result; of every softmax the highest logit and the logarithm of the sum relative to it, side by side; and no logits."""
     channels = (key if value is None else value).shape[1]
     positions = prod((key if over_query else query).shape[2:])
     dtype = accumulator(query)
     out = query.new_empty((query.shape[0], channels, *query.shape[2:]))
-    return out, query.new_empty((query.shape[0], 2, positions), dtype=dtype), query.new_empty(0, dtype=dtype)
+    return out, query.new_empty((query.shape[0], positions, 2), dtype=dtype), query.new_empty(0, dtype=dtype)
 
 
 def _fake_cpu(
     query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, over_query: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and the logits where they are kept."""
-    out, statistics, _ = _fake_triton(query, key, value, scale, over_query)
+    """The same, all highest logits before the logarithms, and the logits where they are kept."""
+    out, pairs, _ = _fake_triton(query, key, value, scale, over_query)
+    statistics = pairs.new_empty((pairs.shape[0], 2, pairs.shape[1]))
     return out, statistics, statistics.new_empty(kept_logits(query, key))
 
 

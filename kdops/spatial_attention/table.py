@@ -31,10 +31,10 @@ class Tile(NamedTuple):
 
 
 # For each architecture, sweep and bytes of a number: the tile of up to so many channels. Those of cuda:90 for up to 384 channels of
-# 2 bytes were the fastest of some 12 to 30 each on an H100 or H200; the others are chosen
-# among those that spill fewest registers when compiled (docs/performance/spatial_attention.md). Where a table does not tell variants of a
-# sweep apart, their first word names it. On sm_90 a warpgroup of four warps needs 64 rows of its own: with fewer, triton 3.6 lets both do
-# the same products, and those of float32 are wrong. All sweeps hold as many channels of the logits: summed in another order, large logits
+# 2 bytes were the fastest of some 12 to 30 each on an H100 or H200; the others are chosen among those that spill fewest registers when
+# compiled (docs/performance/spatial_attention.md). Where a table does not tell variants of a sweep apart, their first word names it. On
+# sm_90 a warpgroup of four warps needs 64 rows of its own: with fewer, triton 3.6 lets both do the same products, and those of float32
+# are wrong. All sweeps hold as many channels of the logits: summed in another order, large logits
 # would be rounded otherwise than those of which the statistics are.
 TILES: dict[str, dict[tuple[str, int], dict[int, Tile]]] = {
     "cuda": {  # every other GPU of NVIDIA: at most 99 KiB of shared memory, as sm_86, sm_89 and sm_120 have

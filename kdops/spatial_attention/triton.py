@@ -122,12 +122,12 @@ def _launch_delta(out: Features, grad: Features, delta: Tensor, scale: float) ->
 def spatial_attention(
     query: Tensor, key: Tensor, value: Tensor | None, scale: float | None, over_query: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """query (B, C, *Sq), key (B, C, *Sk), value (B, Cv, *Sk), or None for the key -> (B, Cv, *Sq), levels and log_sums, no logits."""
+    """query (B, C, *Sq), key (B, C, *Sk), value (B, Cv, *Sk), or None for the key -> (B, Cv, *Sq), statistics (B, N, 2), no logits."""
     scale = query.shape[1] ** -0.5 if scale is None else scale
     q, k, v = features(query), features(key), None if value is None else features(value)
     out = query.new_empty((query.shape[0], (key if value is None else value).shape[1], *query.shape[2:]))
     normalised = k if over_query else q
-    statistics = query.new_empty((query.shape[0], 2, normalised.positions), dtype=torch.float32)
+    statistics = query.new_empty((query.shape[0], normalised.positions, 2), dtype=torch.float32)
     if query.shape[0] > 0:
         if over_query:
             _launch_attend(k, q, None, None, statistics, scale, given=False)
@@ -159,7 +159,7 @@ def spatial_attention_backward(
     if query.shape[0] > 0:
         of_query, of_key, of_value = (features(g.columns) if g.needed else None for g in found)
         q, k, v, g = features(query), features(key), None if value is None else features(value), features(grad)
-        delta = torch.empty_like(statistics[:, 0])
+        delta = statistics.new_empty(statistics.shape[:2])
         if (of_query or of_key) and over_query:
             _launch_slopes(k, v, q, g, statistics, delta, None, scale, by_column=False)
         elif of_query or of_key:

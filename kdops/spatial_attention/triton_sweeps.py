@@ -88,7 +88,7 @@ def _attend(
     columns,
     values,  # of the columns; None: the columns themselves
     out,  # at the rows, or None where only statistics are wanted
-    statistics,  # float32 level and log_sum, side by side: written, of the rows, or given, of the columns
+    statistics,  # float32 levels and log_sums: written, (B, rows, 2), or given, (B, columns, 2)
     scale,  # of the logits to the base 2; positive
     NEGATIVE: tl.constexpr,  # the logits change their sign before
     GIVEN: tl.constexpr,
@@ -160,7 +160,7 @@ def _slopes(
     row_values,  # None: the rows are their own values, and `gradient` is that of both roles
     columns,
     column_values,  # None: the columns themselves
-    statistics,  # float32 level and log_sum, side by side, of the rows, or of the columns if BY_COLUMN, whose softmax it is
+    statistics,  # (B, rows, 2) float32, or (B, columns, 2) if BY_COLUMN, whose softmax it is
     delta,  # (B, rows) or (B, columns): sum of weights times their gradients, times the scale; written where gradient is None
     gradient,  # at the rows, or None where only delta is wanted
     scale,  # of the logits
