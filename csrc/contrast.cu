@@ -5,7 +5,8 @@
 // share of the features; its sums are added by shuffles, those of the shares by a second kernel. The warps of a block read
 // the same features at about the same time and find each other's rows in the L1 cache. Backward: a thread holds up to 16
 // rows of one input at a few neighbouring features and walks over all rows of the other, of which it can write the
-// gradient too. Both read ahead into shared memory: without, what is on its way from memory is too little to keep it busy.
+// gradient too; for L1 distances of bfloat16 rows tensor cores add up signs instead (contrast_signs.h). All read ahead into
+// shared memory: without, what is on its way from memory is too little to keep it busy.
 
 #include "contrast_distances.h"
 #include "contrast_signs.h"

@@ -15,7 +15,7 @@ ADAPTIVE_FLOOR = 1e-12  # added to an adaptive sigma^2: identical inputs have di
 def gaussian_distance(
     x: Sequence[Tensor], y: Sequence[Tensor], sigma: Sequence[float] | None, mean: bool, reduction: str
 ) -> Tensor:
-    """Taps x[t] and y[t] (B, *F_t), one sigma for each (None: adaptive) -> (T,), or (T, B) for reduction "none"."""
+    """Taps x[t] and y[t] (B, *F_t), one sigma for each (None: adaptive) -> (T,), or (T, B) for reduction "none", in their dtype."""
     taps = []
     for t, (a, b) in enumerate(zip(x, y, strict=True)):
         wide = accumulator(a)  # squares of large differences overflow in float16

@@ -21,9 +21,8 @@ from .spec import REDUCTIONS
 FEATURES = 1024  # of a tile of gradients
 SUMMED = 2048  # features of a tile whose squares are summed up
 MAX_STEPS = 4  # tiles of a chunk, all loaded at once
-SMALLEST = (
-    2.0**-126
-)  # of variances: 0 means adaptive, and that is what float32 makes of the square of a sigma below 1e-22
+# Of variances: 0 means adaptive, and that is what float32 makes of the square of a sigma below 1e-22.
+SMALLEST = 2.0**-126
 PROGRAMS = 16  # on a multiprocessor, where there is enough work
 ROWS, COLUMNS = 16, 128  # of a tile of partial sums
 

@@ -174,7 +174,7 @@ def test_defaults_are_fakds() -> None:
 
 def test_an_eps_is_a_number() -> None:
     with pytest.raises(TypeError, match="eps is '1'"):
-        kdops.affinity_distance(drawn(1, 2, 3), drawn(1, 2, 3), eps="1")  # type: ignore[arg-type]
+        kdops.affinity_distance(drawn(1, 2, 3), drawn(1, 2, 3), eps="1")  # type: ignore[arg-type]  # the wrong type is the test
 
 
 def test_costs_by_hand() -> None:
@@ -186,9 +186,8 @@ def test_costs_by_hand() -> None:
     assert spec._bytes(*many) == 4 * 2 * 100 * 8
     scratch = [spec._scratch_bytes(*many, p=p) for p in (1, 2)]
     assert scratch == [2 * 100 * 4 * 3 * 8 + 2**20, 8 * 2 * 8**2 + 8 * 2**20]
-    least = [
-        drawn(2, c, 6, dtype=torch.float32) for c in (3, 5)
-    ]  # no more positions than channels: their slopes are kept
+    # Of no more positions than channels slopes are kept.
+    least = [drawn(2, c, 6, dtype=torch.float32) for c in (3, 5)]
     assert spec._scratch_bytes(*least) == 2 * 6 * 4 * (3 * 8 + 6 + spec.SLOPES) + 2**20
     many[0].requires_grad_()
     assert spec._flops(*many, p=1, backward=True) == 2 * 100**2 * (2 * 8 + 2 * 3)

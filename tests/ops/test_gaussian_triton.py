@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 import kdops
 from kdops.gaussian import reference
 from kdops.gaussian import triton as kernels
+from kdops.gaussian.spec import REDUCTIONS
 from tests.contract import Operators
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,17 +40,12 @@ def check(
     exact = reference.gaussian_distance(wide[: len(x)], wide[len(x) :], sigma, mean, "none")
     upstream = torch.linspace(-1, 2, exact.numel(), dtype=torch.float64, device=DEVICE).view(exact.shape)
     exact_grads = torch.autograd.grad(exact, wide, upstream)
-    distance, slope, _ = kernels.gaussian_distance(x, y, sigma, mean, 0)
-    assert distance.dtype == x[0].dtype
-    torch.testing.assert_close(distance.double(), exact.detach(), rtol=max(EPS[distance.dtype], 1e-5), atol=1e-9)
-    for number, reduction in ((1, exact.sum(1)), (2, exact.mean(1))):
-        if number == 1 or len(exact[0]):
-            torch.testing.assert_close(
-                kernels.gaussian_distance(x, y, sigma, mean, number)[0].double(),
-                reduction.detach(),
-                rtol=max(EPS[distance.dtype], 1e-5),
-                atol=1e-9,
-            )
+    tolerance = {"rtol": max(EPS[x[0].dtype], 1e-5), "atol": 1e-9}
+    distance, slope, _ = kernels.gaussian_distance(x, y, sigma, mean, REDUCTIONS.index("none"))
+    torch.testing.assert_close(distance, exact.detach().to(x[0].dtype), **tolerance)
+    for reduction in ("sum", "mean") if len(x[0]) else ("sum",):
+        reduced = kernels.gaussian_distance(x, y, sigma, mean, REDUCTIONS.index(reduction))[0]
+        torch.testing.assert_close(reduced, getattr(exact, reduction)(1).detach().to(x[0].dtype), **tolerance)
     grads_x, grads_y = kernels.gaussian_distance_backward(upstream.float() * slope, x, y, need_x, need_y)
     for grad, truth, tap, needed in zip((*grads_x, *grads_y), exact_grads, (*x, *y), (*need_x, *need_y), strict=True):
         if not needed:
