@@ -240,8 +240,7 @@ void launch_distances(const Tensor& x, Rows rows_of_x, const Tensor& y, Rows row
 bool on_tensor_cores(const Side<BFloat16>& x, const Side<BFloat16>& y, const Problem& problem) {
   constexpr int64_t kFewRows = 4;  // of which a tile would be empty for the most part
   constexpr int vector = 8;
-  bool fits = architecture(sign_gradients<true, true>) >= 90 && problem.features % kSignRows == 0 &&
-              std::min(problem.rows_x, problem.rows_y) > kFewRows;
+  bool fits = architecture(sign_gradients<true, true>) >= 90 && std::min(problem.rows_x, problem.rows_y) > kFewRows;
   for (const auto& side : {x, y}) {
     fits = fits && aligned<vector>(side.values, side.rows, problem) && aligned<vector>(side.gradient, side.gradient_rows, problem);
   }

@@ -1,4 +1,4 @@
-// What tensor cores of sm_90 work on: 8 x 8 matrices of bfloat16, of which each lane of a warp holds the pair of numbers
+// What tensor cores of sm_90 work on: 8 x 8 matrices of 16-bit numbers, of which each lane of a warp holds the pair of numbers
 // at row lane / 4 and columns lane % 4 * 2 and the next, in one word. Collective: all lanes of a warp call them together.
 #pragma once
 
@@ -33,30 +33,33 @@ struct Columns {
   unsigned upper, lower;
 };
 
-// sums (16 x 8 float: of rows lane / 4 and 8 below it two columns each) += left @ upper + right @ lower, matrices of 8 x 8, turned.
+// sums (16 x 8 float: of rows lane / 4 and 8 below it two columns each) += left @ upper + right @ lower, matrices of 8 x 8 float16,
+// turned.
 __device__ inline void multiply_add(float (&sums)[4], Columns left, unsigned upper, Columns right, unsigned lower) {
 #if __CUDA_ARCH__ >= 900
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(left.upper), "r"(left.lower), "r"(right.upper), "r"(right.lower), "r"(upper), "r"(lower));
 #endif
 }
 
-// Four bytes of a word, one for each hexadecimal digit of the selector, from the lowest on: 0 to 3 name a byte of it, 4 is zero.
-__device__ inline unsigned pick_bytes(unsigned word, unsigned selector) { return __byte_perm(word, 0, selector); }
-
-// Of both numbers of a word the sign of a - b: 1, -1, or 0 if they are equal or one of them is NaN.
+// Of a number of word `a` and both numbers of word `b`, all bfloat16, the sign of the difference: 1, -1, or 0 if they are equal or
+// one of them is NaN.
+template <int Which>
 __device__ inline unsigned signs_of_difference(unsigned a, unsigned b) {
   unsigned sign = 0;
 #if __CUDA_ARCH__ >= 900
   asm("{\n"
-      ".reg .b32 above, below;\n"
-      "set.gt.bf16x2.bf16x2 above, %1, %2;\n"
-      "set.lt.bf16x2.bf16x2 below, %1, %2;\n"
+      ".reg .b16 number<2>;\n"
+      ".reg .b32 twice, above, below;\n"
+      "mov.b32 {number0, number1}, %1;\n"
+      "mov.b32 twice, {number%3, number%3};\n"
+      "set.gt.bf16x2.bf16x2 above, twice, %2;\n"
+      "set.lt.bf16x2.bf16x2 below, twice, %2;\n"
       "sub.rn.bf16x2 %0, above, below;\n"
       "}"
       : "=r"(sign)
-      : "r"(a), "r"(b));
+      : "r"(a), "r"(b), "n"(Which));
 #endif
   return sign;
 }

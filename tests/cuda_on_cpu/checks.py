@@ -75,7 +75,7 @@ def contrast() -> dict[str, float]:
 def signs_on_tensor_cores() -> dict[str, float]:
     """Gradients of L1 distances of bfloat16 rows, for which tensor cores add up signs."""
     found = {}
-    shapes = ((16, 64, 208), (5, 70, 64), (40, 7, 80), (20, 33, 96), (16, 16, 448))
+    shapes = ((16, 64, 208), (5, 70, 64), (40, 7, 80), (20, 33, 96), (16, 16, 448), (9, 20, 136))
     for b, k, features in shapes:
         x, y = torch.randn(b, features).bfloat16(), torch.randn(k, features).bfloat16()
         found[f"signs {b} {k} {features}, bfloat16"] = error(kdops.pairwise_distance, [x, y])
@@ -90,18 +90,33 @@ def signs_on_tensor_cores() -> dict[str, float]:
     found["signs, matched, bfloat16"] = error(kdops.matched_distance, matched)
     pair = [torch.randn(n, 80).bfloat16() for n in (16, 40)]
     found["signs, same bits for one gradient"] = same_bits(pair)
-    found["signs, weights"] = error_of_weights(*pair)
+    weights = torch.randn(16, 40)
+    found["signs, weights"] = error_of_weights(*pair, weights)
+    found["signs, weights of each row"] = max(
+        error_of_weights(*pair, weights * torch.logspace(-36, 36, 40)),
+        error_of_weights(*pair, weights * torch.logspace(36, -36, 16)[:, None]),
+    )
+    found["signs, weights of 0"] = error_of_weights(*pair, weights.index_fill(1, torch.arange(40), 0.0))
+    weights[3, 5] = float("inf")
+    of_x, of_y = torch.ops.kdops.pairwise_distance_backward(weights, *pair, 1, True, True)
+    others = torch.cat([of_x[torch.arange(16) != 3], of_y[torch.arange(40) != 5]])
+    spread = of_x[3].isfinite().any() | of_y[5].isfinite().any() | ~others.isfinite().all()
+    found["signs, a weight that is not finite"] = float(spread)
     return found
 
 
-def error_of_weights(x: Tensor, y: Tensor) -> float:
-    """Of the gradients for float32 weights, beyond their own rounding to bfloat16, over the root of the number of weights."""
-    weights = torch.randn(len(x), len(y))
+def error_of_weights(x: Tensor, y: Tensor, weights: Tensor) -> float:
+    """Of gradients for float32 weights, beyond their own rounding to bfloat16, over the largest weight of the row and the root of how
+    many there are."""
     signs = torch.sign(x.double()[:, None] - y.double())
     exact = ((weights[..., None] * signs).sum(1), -(weights[..., None] * signs).sum(0))
     mine = torch.ops.kdops.pairwise_distance_backward(weights, x, y, 1, True, True)
-    beyond = ((m.double() - e).abs() - e.abs() * 2**-8 for m, e in zip(mine, exact, strict=True))
-    return max(float(b.max()) for b in beyond) / max(len(x), len(y)) ** 0.5
+    errors = []
+    for axis, (m, e) in enumerate(zip(mine, exact, strict=True)):
+        beyond = (m.double() - e).abs() - e.abs() * 2**-8
+        largest = weights.double().abs().amax(1 - axis).clamp(min=1e-300)[:, None]
+        errors.append(float((beyond / largest).max()) / weights.shape[1 - axis] ** 0.5)
+    return max(errors)
 
 
 def same_bits(pair: list[Tensor]) -> float:

@@ -24,6 +24,12 @@ inline float of_bfloat16(unsigned short bits) {
   return value;
 }
 
+inline float of_float16(unsigned short bits) {
+  kdops::Half value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return static_cast<float>(value);
+}
+
 }  // namespace gpu
 
 namespace kdops {
@@ -55,15 +61,6 @@ struct Columns {
   unsigned upper, lower;
 };
 
-inline unsigned pick_bytes(unsigned word, unsigned selector) {
-  unsigned picked = 0;
-  for (int n = 0; n < 4; ++n) {
-    const unsigned which = selector >> 4 * n & 7;
-    picked |= (which < 4 ? word >> 8 * which & 0xff : 0) << 8 * n;
-  }
-  return picked;
-}
-
 inline void multiply_add(float (&sums)[4], Columns left, unsigned upper, Columns right, unsigned lower) {
   const int lane = threadIdx.x % 32;
   const unsigned mine[6] = {left.upper, left.lower, right.upper, right.lower, upper, lower};
@@ -73,17 +70,18 @@ inline void multiply_add(float (&sums)[4], Columns left, unsigned upper, Columns
     const int below = n / 2, column = lane % 4 * 2 + n % 2;
     for (int k = 0; k < 16; ++k) {
       // The right operand is turned: its lanes hold columns.
-      const float a = gpu::of_bfloat16(gpu::at(k / 8 * 2 + below, lane / 4, k % 8));
-      sums[n] += a * gpu::of_bfloat16(gpu::at(4 + k / 8, column, k % 8));
+      const float a = gpu::of_float16(gpu::at(k / 8 * 2 + below, lane / 4, k % 8));
+      sums[n] += a * gpu::of_float16(gpu::at(4 + k / 8, column, k % 8));
     }
   }
   __syncwarp();
 }
 
-inline unsigned signs_of_difference(unsigned a, unsigned b) {
+template <int Which>
+unsigned signs_of_difference(unsigned a, unsigned b) {
   unsigned sign = 0;
   for (int n = 0; n < 2; ++n) {
-    const float x = gpu::of_bfloat16(gpu::number(a, n)), y = gpu::of_bfloat16(gpu::number(b, n));
+    const float x = gpu::of_bfloat16(gpu::number(a, Which)), y = gpu::of_bfloat16(gpu::number(b, n));
     gpu::number(sign, n) = x > y ? 0x3f80 : x < y ? 0xbf80 : 0;
   }
   return sign;
