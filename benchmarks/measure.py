@@ -17,6 +17,7 @@ from torch import Tensor
 
 Call = Callable[[], object]
 LONGEST_LAUNCH = 5e-3  # seconds for which the device waits; work that takes longer hides its launches itself
+SHORTEST_LAUNCH = 1e-4  # where none is known
 CYCLES = 2e9  # of a GPU in a second, at most
 
 
@@ -87,17 +88,21 @@ def on_device(call: Call, launching: float) -> float:
     """Seconds of the device's work, with a cold cache.
 
     The device is kept busy for the seconds that launching takes, so that it finds all kernels queued: the gaps between launches, which
-    a training step hides, do not count.
+    a training step hides, do not count. Where it had begun before all were queued, it is kept busy for twice as long, and again.
     """
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    _larger_than_cache().zero_()
-    torch.cuda._sleep(int(min(launching, LONGEST_LAUNCH) * CYCLES))
-    start.record()
-    result = call()
-    end.record()
-    torch.cuda.synchronize()
-    del result
-    return start.elapsed_time(end) / 1e3
+    while True:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        _larger_than_cache().zero_()
+        torch.cuda._sleep(int(min(launching, LONGEST_LAUNCH) * CYCLES))
+        start.record()
+        result = call()
+        end.record()
+        late = start.query()
+        torch.cuda.synchronize()
+        del result
+        if not late or launching >= LONGEST_LAUNCH:
+            return start.elapsed_time(end) / 1e3
+        launching = 2 * launching or SHORTEST_LAUNCH
 
 
 def peak_bytes(call: Call, device: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_step, check, contract_gate, report, results
+from benchmarks import bench_step, check, contract_gate, measure, report, results
 from benchmarks.machine import Peaks
 from benchmarks.suite import CHOSEN, Case, Provider, Suite, eager_and_compiled, geometric_mean, library
 from kdops.contrast import reference
@@ -125,6 +125,36 @@ def test_a_provider_that_fails_is_a_row_and_the_others_are_measured() -> None:
     suite.timings = lambda case: {}  # type: ignore[method-assign]
     with pytest.raises(pytest.fail.Exception, match="no kernel"):  # ours may not fail in silence
         suite.row(None, case, "kdops.cpu", False)
+
+
+@pytest.mark.parametrize(
+    "launching, waits", [(1e-3, [1e-3, 2e-3]), (0, [0, 1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3]), (9, [5e-3])]
+)
+def test_a_gpu_that_began_before_all_was_queued_is_kept_busy_for_longer(
+    launching: float, waits: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here queueing takes 1.5 ms, and a clock counts the seconds that the device is kept busy."""
+    busy: list[float] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            return busy[-1] < 1.5e-3
+
+        def elapsed_time(self, end: Event) -> float:
+            return 7.0 * len(busy)
+
+    monkeypatch.setattr(measure, "_larger_than_cache", lambda: torch.empty(1))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: busy.append(cycles / measure.CYCLES))
+    assert measure.on_device(lambda: None, launching) == pytest.approx(7e-3 * len(waits))  # the last attempt counts
+    assert busy == pytest.approx(waits)
 
 
 def test_a_library_that_is_not_installed_says_so() -> None:
