@@ -50,7 +50,6 @@ def _grams(
     """One program: a block of x y^T and, of distances, of value value^T and target value^T, over a chunk of the positions.
 
     A tile is loaded once for all of them. Blocks vary fastest: programs that run together read the same positions, from memory once.
-    The chunks of a head take its tiles in turn, and so read what lies side by side at the same time.
     """
     tiles.start(EARLY)
     program = tl.program_id(0).to(tl.int64)
@@ -69,7 +68,7 @@ def _grams(
     cross = tl.zeros((BLOCK, BLOCK), tl.float32)
     squares = tl.zeros((POSITIONS, BLOCK), tl.float32)  # summed over positions at the end: threads would meet for it
     for step in tl.range(0, steps, num_stages=STAGES):
-        n = (step * chunks + chunk) * POSITIONS + tl.arange(0, POSITIONS)
+        n = (chunk * steps + step) * POSITIONS + tl.arange(0, POSITIONS)
         a = tile_of(x, head, heads, n, i, CX)
         b = tile_of(y, head, heads, n, j, CY)
         xy += tiles.dot(tl.trans(a), b, PRECISION)
@@ -177,7 +176,7 @@ def _mix(
             three = _matrix_tile(third_matrix, head, k, i, R, DTYPE)
     steps = tl.cdiv(tl.cdiv(out.positions, POSITIONS), chunks)
     for step in tl.range(0, steps, num_stages=STAGES):
-        n = ((steps - 1 - step) * chunks + chunk) * POSITIONS + tl.arange(0, POSITIONS)
+        n = ((chunk + 1) * steps - 1 - step) * POSITIONS + tl.arange(0, POSITIONS)
         sums = tl.zeros((POSITIONS, BLOCK), tl.float32)
         sums = _add_product(sums, first_matrix, one, first_map, head, heads, n, i, R, WHOLE, DEPTH, STAGES, PRECISION)
         sums = _add_product(sums, second_matrix, two, second_map, head, heads, n, i, R, WHOLE, DEPTH, STAGES, PRECISION)

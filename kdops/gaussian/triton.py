@@ -24,7 +24,7 @@ MAX_STEPS = 4  # tiles of a chunk, all loaded at once
 # Of variances: 0 means adaptive, and that is what float32 makes of the square of a sigma below 1e-22.
 SMALLEST = 2.0**-126
 PROGRAMS = 16  # on a multiprocessor, where there is enough work
-ROWS, COLUMNS = 16, 128  # of a tile of partial sums
+ROWS, COLUMNS = 16, 512  # of a tile of partial sums, at most: few, so that all loads are under way at once
 
 
 @triton.jit
@@ -84,12 +84,12 @@ def _squares(
 @triton.jit
 def _row_sums(partial, rows, B, chunks, COLUMNS: tl.constexpr):
     """The sums over the chunks of some rows of partial (B, chunks)."""
-    sums = tl.zeros(rows.shape, tl.float32)
+    sums = tl.zeros((rows.shape[0], COLUMNS), tl.float32)
     for begin in range(0, chunks, COLUMNS):
         c = begin + tl.arange(0, COLUMNS)
         inside = (rows < B)[:, None] & (c < chunks)[None, :]
-        sums += tl.sum(tiles.load(partial + rows[:, None] * chunks + c[None, :], inside), 1)
-    return sums
+        sums += tiles.load(partial + rows[:, None] * chunks + c[None, :], inside)
+    return tl.sum(sums, 1)  # at the end, because threads meet for it
 
 
 @triton.jit
@@ -185,8 +185,8 @@ def gaussian_distance(
         REDUCTIONS[reduction],
         ADAPTIVE_FLOOR,
         ROWS,
-        COLUMNS,
-        num_warps=4,
+        min(COLUMNS, triton.next_power_of_2(max(*chunks, 16))),
+        num_warps=8,
         **tiles.early(),
         **tiles.OPTIONS,
     )
