@@ -86,7 +86,7 @@ def test_a_gradient_has_the_same_bits_whoever_else_needs_one(errors: dict[str, f
 
 
 def test_weights_of_signs_keep_twelve_bits_of_the_largest_of_a_row(errors: dict[str, float]) -> None:
-    """Each is rounded by at most 2^-12 of the largest, and their sum by about the root of their number times that; bfloat16 errs by 2^-9."""
+    """Each is rounded by at most 2^-12 of the largest, their sum by about the root of their number times that; bfloat16 errs by 2^-9."""
     assert errors["signs, weights"] < 2**-11
     assert errors["signs, weights of each row"] < 2**-11
     assert errors["signs, weights of 0"] == 0
