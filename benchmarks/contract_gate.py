@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAMPS = ROOT / "build" / "contract"  # ignored by git: why it is red, or nothing, for these very sources
 TESTS = [str(ROOT / "tests" / "test_contract.py")]
 OURS = "kdops."
+SHOWN = 10_000  # characters of what failed
 RESULT = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED)")
 TEST = re.compile(r"::(.+?\])(?: |$)")
 
@@ -76,6 +77,9 @@ def _run(pairs: Sequence[Pair], seconds: float | None, processes: int = 1) -> No
             red = f"its contract is red: {'; '.join(failed[:2])}; {len(failed)} failed"
         _stamp(pair).write_text(red)
     (STAMPS / "log.txt").write_text(said)
+    failure = said.find("= FAILURES =")
+    if failure >= 0:
+        print(said[failure:][:SHOWN], file=sys.stderr, flush=True)
 
 
 def _tests(lines: Iterable[str]) -> list[str]:

@@ -43,11 +43,12 @@ gpu() { # gpu NAME SECONDS COMMAND...: a step that is nothing without a GPU
   if [ "$has_gpu" = yes ]; then step "$@"; else say "$1: not run, there is no GPU"; fi
 }
 
-bench() { # bench NAME SECONDS FILE ARGUMENTS...: rows of one suite
-  local name=$1 limit=$2 file=$3
+bench() { # bench NAME SECONDS SUITES ARGUMENTS...: rows of some suites, in one process: to start one takes 13 s
+  local name=$1 limit=$2 suites=$3
   shift 3
+  # shellcheck disable=SC2086  # suites are words
   gpu "bench $name" "$limit" "$PYTHON" -m pytest -q -s -rfE -p no:cacheprovider --benchmark-only \
-    --device cuda "$@" "benchmarks/bench_$file.py" --store "$out"
+    --device cuda "$@" $(printf 'benchmarks/bench_%s.py ' $suites) --store "$out"
 }
 
 report() { # the page and its pictures from the rows so far; the pictures in one file
@@ -75,26 +76,22 @@ gpu "contract of Triton's kernels" 150 "$PYTHON" -m benchmarks.contract_gate 140
 wait $building || failed=1
 step info 30 "$PYTHON" -c 'import json, kdops; print(json.dumps(kdops.info(), indent=1))'
 gpu "contract of CUDA's kernels" 70 "$PYTHON" -m benchmarks.contract_gate 60 cuda
-# Float32 tiles of many channels: no sample of the contract has them.
-gpu "channel attention, float32 of 64 and 180 channels" 40 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu \
-  -k float32_tiles tests/ops/test_channel_attention_triton.py
 wait $compiling
 
 # The goals of issue 8, each against its strongest rivals. Autotuning takes minutes a case: it comes last.
 # SDPA's memory-efficient backend takes 36 to 290 ms where the others take 8 to 56: half of the suite's time.
-bench "spatial_attention, 65,536 positions" 75 spatial_attention --without "eager,compile,max-autotune,flex,sdpa efficient" -k "resolution"
-bench "pairwise_distance" 40 contrast --without eager,max-autotune
-bench "channel_attention_distance" 45 channel_attention --without eager,max-autotune -k "distance and teacher"
-bench "mscn" 60 nss --without "eager,max-autotune,convolved"
-bench "gaussian_distance" 45 gaussian --without eager,max-autotune
-bench "affinity_distance" 45 affinity --without eager,max-autotune
+bench "spatial_attention, 65,536 positions" 90 spatial_attention --without "eager,compile,max-autotune,flex,sdpa efficient" -k "resolution"
+bench "other goals" 130 "gaussian channel_attention contrast nss" --without "eager,max-autotune,convolved" \
+  -k "not channel_attention or (distance and teacher)"
 growing="eager,compile,max-autotune,flex,sdpa efficient,sdpa flash"
 bench "spatial_attention, 1,048,576 positions" 60 spatial_attention --without "$growing" -k "growing and 1024x1024"
-bench "codebook_cross_entropy" 50 codebook --without eager,max-autotune
 bench "training step, SKD at 512" 60 step -k "skd and 512"
-bench "channel_attention" 60 channel_attention --without eager,max-autotune -k "not (distance and teacher)"
-bench "spatial_attention, growing N" 45 spatial_attention --without "$growing" -k "growing and not 1024x1024"
+bench "other ops" 140 "codebook affinity channel_attention" --without "eager,max-autotune" -k "not (distance and teacher)"
+# Float32 tiles of many channels: no sample of the contract has them.
+gpu "channel attention, float32 of 64 and 180 channels" 80 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu \
+  -k float32_tiles tests/ops/test_channel_attention_triton.py
 bench "training step, other methods" 60 step -k "not 512"
+bench "spatial_attention, growing N" 45 spatial_attention --without "$growing" -k "growing and not 1024x1024"
 gpu "gpu tests" 60 "$PYTHON" -m pytest -q -p no:cacheprovider --slow -m gpu tests/test_contract.py tests/ops
 bench "spatial_attention, FlexAttention" 45 spatial_attention --without eager,compile,max-autotune -k "resolution and (flex or triton)"
 kept=0

@@ -66,7 +66,9 @@ def test_providers_that_cannot_run_are_rows_with_the_reason(monkeypatch: pytest.
     assert stored["median_ms"] == ""
 
 
-def test_an_op_whose_contract_is_red_is_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_op_whose_contract_is_red_is_not_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(contract_gate, "STAMPS", tmp_path)
     monkeypatch.setattr(contract_gate, "TESTS", [str(tmp_path / "test_red.py")])
     (tmp_path / "test_red.py").write_text(
@@ -74,6 +76,7 @@ def test_an_op_whose_contract_is_red_is_not_reported(tmp_path: Path, monkeypatch
     )
     contract_gate._red.cache_clear()
     assert str(contract_gate._red("some_op", "cpu")) == "its contract is red: test_01[some_op-cpu-x]; 1 failed"
+    assert "assert False" in capsys.readouterr().err  # what failed is seen where only the output comes back
     assert "did not run" in str(contract_gate._red("another_op", "cpu"))
     assert contract_gate.refusal("some_op", "eager", True) is None
     assert contract_gate.refusal("some_op", "kdops.cpu", False) is None
