@@ -9,7 +9,7 @@ Kernels therefore compute in float32 and go through `load`, `store` and `dot`; t
 """
 
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +24,17 @@ IEEE = tl.constexpr("ieee")  # triton 3.6 takes no plain string as a default
 OPTIONS = {"enable_fp_fusion": True}
 
 
+def cdiv(value: int, by: int) -> int:
+    """value / by, rounded up. That of Triton works in kernels too, and takes 1.4 us a call."""
+    return -(-value // by)
+
+
+def next_power_of_2(value: int) -> int:
+    """The smallest power of two that is not below a value of at least 1."""
+    return 1 << (value - 1).bit_length()
+
+
+@cache
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors to share the work among; in the interpreter a few, so that tests see work that is shared."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
@@ -33,7 +44,12 @@ def architecture() -> str:
     """What kernels are compiled for now: "cuda:90", "hip:gfx942", or "interpreter". Tables of tile sizes are chosen by it."""
     if INTERPRETING.value:
         return "interpreter"
-    target = driver.active.get_current_target()
+    return _architecture(driver.active, driver.active.get_current_device())
+
+
+@cache
+def _architecture(active: Any, device: int) -> str:
+    target = active.get_current_target()
     return f"{target.backend}:{target.arch}"
 
 
@@ -53,9 +69,9 @@ def chunks(positions: int, programs: int, device: torch.device, resident: int = 
     With `resident`, as many as that many programs for each multiprocessor allow: all of them start at once.
     """
     slots = multiprocessors(device)
-    wanted = slots * resident // programs if resident else triton.cdiv(slots * WAVES, programs)
-    fewest, most = triton.cdiv(positions, LONGEST_CHUNK), triton.cdiv(positions, SHORTEST_CHUNK)
-    return int(max(fewest, min(most, wanted)))
+    wanted = slots * resident // programs if resident else cdiv(slots * WAVES, programs)
+    fewest, most = cdiv(positions, LONGEST_CHUNK), cdiv(positions, SHORTEST_CHUNK)
+    return max(fewest, min(most, wanted))
 
 
 @triton.jit
@@ -168,9 +184,9 @@ def features(t: Tensor) -> Features:
 @cache
 def parts(channels: int) -> tuple[int, int]:
     """The two powers of two that hold so many channels, each at least 16 (what a product takes), or one and 0."""
-    whole = max(16, triton.next_power_of_2(channels))
+    whole = max(16, next_power_of_2(channels))
     first = whole // 2
-    second = max(16, triton.next_power_of_2(channels - first))
+    second = max(16, next_power_of_2(channels - first))
     return (first, second) if second < first else (whole, 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 import triton
 import triton.language as tl
+from triton.backends.compiler import GPUTarget
 
 from kdops import tiles
 
@@ -103,6 +105,33 @@ def test_the_ban_sees_what_it_bans() -> None:
         "tl.dot",
         "tl.fma",
     ]
+
+
+@pytest.mark.parametrize("value", range(1, 40))
+def test_round_numbers_are_those_of_triton(value: int) -> None:
+    assert tiles.next_power_of_2(value) == triton.next_power_of_2(value)
+    for by in (1, 3, 16, 64):
+        assert tiles.cdiv(value, by) == triton.cdiv(value, by)
+
+
+def test_each_device_is_asked_once_for_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        device, asked = 0, 0
+
+        def get_current_device(self) -> int:
+            return self.device
+
+        def get_current_target(self) -> GPUTarget:
+            self.asked += 1
+            return GPUTarget("cuda", (90, 80)[self.device], 32)
+
+    active = Driver()
+    monkeypatch.setattr(tiles, "INTERPRETING", tl.constexpr(False))
+    monkeypatch.setattr(tiles, "driver", SimpleNamespace(active=active))
+    assert [tiles.architecture(), tiles.architecture()] == ["cuda:90"] * 2
+    active.device = 1
+    assert [tiles.architecture(), tiles.architecture()] == ["cuda:80"] * 2
+    assert active.asked == 2
 
 
 @pytest.mark.parametrize(

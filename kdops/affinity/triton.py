@@ -131,7 +131,7 @@ def _launch_tile_gradients(packed: Packed, p: int, network: int) -> Tensor:
     values = columns_of(packed, network)
     batch, channels, positions = values.shape
     tile = tile_for(values.dtype, gradients=True)
-    slices = triton.cdiv(channels, WIDEST)
+    slices = tiles.cdiv(channels, WIDEST)
     sums = packed.scales.new_empty((batch, positions, channels))
     _tile_gradients[(batch * slices * positions // tile.side,)](
         packed,
@@ -141,7 +141,7 @@ def _launch_tile_gradients(packed: Packed, p: int, network: int) -> Tensor:
         p,
         network,
         channels,
-        tiles.parts(triton.cdiv(channels, slices)),
+        tiles.parts(tiles.cdiv(channels, slices)),
         tile.side,
         tile.depth,
         tile.stages,

@@ -140,9 +140,9 @@ def pack(student: Tensor, teacher: Tensor, eps: float, grams: bool) -> Packed:
 
     For Grams always float32: triton 3.6 cannot multiply float64 that it has seen loaded as 16 bits.
     """
-    batch, positions = student.shape[0], triton.cdiv(student.shape[2:].numel(), SIDE) * SIDE
+    batch, positions = student.shape[0], tiles.cdiv(student.shape[2:].numel(), SIDE) * SIDE
     step = step_of(student.dtype)
-    cs, ct = (triton.cdiv(t.shape[1], step) * step for t in (student, teacher))
+    cs, ct = (tiles.cdiv(t.shape[1], step) * step for t in (student, teacher))
     normalise = student.dtype == torch.float32 and not grams
     packed = Packed(
         student.new_empty((batch, positions, cs + ct), dtype=torch.float32 if grams else None),

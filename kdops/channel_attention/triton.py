@@ -67,7 +67,7 @@ def _softmax_backward(
 
 def _rows(columns: int) -> dict[str, int]:
     """Of a program that needs whole rows of a C x C matrix."""
-    width = triton.next_power_of_2(columns)
+    width = tiles.next_power_of_2(columns)
     return {"ROWS": max(1, 1024 // width), "COLUMNS": width, "num_warps": 4}
 
 
@@ -75,7 +75,7 @@ def attention_of(partial: Tensor, shape: tuple[int, ...], scale: float) -> Tenso
     (total, chunks, _), (_, _, r, c) = partial.shape, shape
     attention = partial.new_empty(shape)
     launch = _rows(c)
-    grid = (triton.cdiv(total * r, launch["ROWS"]),)
+    grid = (tiles.cdiv(total * r, launch["ROWS"]),)
     _softmax[grid](partial, attention, total * r, scale, chunks, r, c, **launch, **tiles.early(), **tiles.OPTIONS)
     return attention
 
@@ -84,7 +84,7 @@ def gradient_of_logits(partial: Tensor, attention: Tensor, scale: float) -> Tens
     (total, chunks, _), (_, _, r, c) = partial.shape, attention.shape
     slopes = torch.empty_like(attention)
     launch = _rows(c)
-    grid = (triton.cdiv(total * r, launch["ROWS"]),)
+    grid = (tiles.cdiv(total * r, launch["ROWS"]),)
     _softmax_backward[grid](
         partial, attention, slopes, total * r, scale, chunks, r, c, **launch, **tiles.early(), **tiles.OPTIONS
     )

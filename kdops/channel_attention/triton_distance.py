@@ -173,7 +173,7 @@ def _launch_compare(
     launch = _by_rows(c)
     if c <= FEW_CHANNELS:  # few steps, with many loads under way
         launch |= {"DEPTH": min(FEW_DEPTH, launch["COLUMNS"]), "num_warps": FEW_WARPS if c > 32 else 4}
-    blocks = triton.cdiv(r, ROWS)
+    blocks = tiles.cdiv(r, ROWS)
     parts = sums.new_empty((batch, heads * blocks, 2), dtype=torch.float64)
     _compare[(batch * heads * blocks,)](
         sums,
@@ -198,7 +198,7 @@ def _launch_compare(
 
 
 def _by_rows(columns: int) -> dict[str, int]:
-    width = max(16, triton.next_power_of_2(columns))
+    width = max(16, tiles.next_power_of_2(columns))
     return {"ROWS": ROWS, "COLUMNS": width, "DEPTH": DEPTH, "num_warps": 4 if width <= 64 else 8}
 
 
@@ -282,7 +282,7 @@ def _launch_slopes(
     less = torch.empty_like(attention) if together else attention.new_empty(0)
     square = attention.new_empty((batch, heads, c, c) if by_value else 0)
     if logits or by_value:
-        blocks = triton.cdiv(r, ROWS) + (triton.cdiv(c, ROWS) if by_value else 0)
+        blocks = tiles.cdiv(r, ROWS) + (tiles.cdiv(c, ROWS) if by_value else 0)
         _slopes[(batch * heads * blocks,)](
             attention,
             of_attention,

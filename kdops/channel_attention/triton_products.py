@@ -218,8 +218,8 @@ def gram_tile(channels: int, dtype: torch.dtype, grams: int) -> Tile:
     most = 64 if dtype == torch.float32 or grams > 1 or on_amd() else 128
     if dtype == torch.float32 and grams > 1 and tiles.architecture() in ("cuda:80", "cuda:90"):
         most = 32
-    largest = min(most, max(16, triton.next_power_of_2(channels)))
-    block = min((largest, max(16, largest // 2)), key=lambda size: (triton.cdiv(channels, size) * size, -size))
+    largest = min(most, max(16, tiles.next_power_of_2(channels)))
+    block = min((largest, max(16, largest // 2)), key=lambda size: (tiles.cdiv(channels, size) * size, -size))
     if dtype == torch.float32:
         apart = (
             block == 64 and tiles.architecture() == "cuda:90"
@@ -238,7 +238,7 @@ def mix_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
     few = tiles.architecture() == "cuda:80"  # registers
     if dtype == torch.float32:
         return tile._replace(positions=32 if few else 64)
-    depth = max(16, triton.next_power_of_2(columns))
+    depth = max(16, tiles.next_power_of_2(columns))
     tile = tile._replace(warps=8 if tile.block == 128 or (tile.block == 64 and few) else 4, positions=64, stages=3)
     if tiles.architecture() == "cuda:90" and tile.block <= 64:
         tile = tile._replace(positions=128)
@@ -270,7 +270,7 @@ def launch_grams(x: Tensor, y: Tensor, heads: int, value: Tensor | None = None, 
     alike = target is not None and value is None and same(target, x)
     most = max(cx, cy)
     tile = gram_tile(most, x.dtype, 1 if not distance else 2 if alike else 3)
-    blocks = triton.cdiv(most, tile.block) ** 2
+    blocks = tiles.cdiv(most, tile.block) ** 2
     maps = [None if t is None else features(t) for t in (x, y, value, None if alike else target)]
     chunks = tiles.chunks(max(m.positions for m in maps if m is not None), total * blocks, x.device, RESIDENT)
     values, squares, end = cx * cy, cx * cy + cy * cy, cx * cy + cy * cy + cx
@@ -300,7 +300,7 @@ def launch_grams(x: Tensor, y: Tensor, heads: int, value: Tensor | None = None, 
 def _padded(matrix: Tensor, dtype: torch.dtype, depth: int) -> Tensor:
     """A copy with zeros behind each row up to a multiple of `depth`: kernels need no mask, with which they load 180 numbers singly."""
     total, rows, columns = matrix.shape
-    padded = matrix.new_zeros((total, rows, triton.cdiv(columns, depth) * depth), dtype=dtype)
+    padded = matrix.new_zeros((total, rows, tiles.cdiv(columns, depth) * depth), dtype=dtype)
     return padded[..., :columns].copy_(matrix)
 
 
@@ -324,7 +324,7 @@ def launch_mix(
         for t in (m.flatten(0, 1) if whole else _padded(m.flatten(0, 1), dtype, tile.depth), x)
     ]
     to = features(out)
-    strips, blocks = triton.cdiv(to.positions, tile.positions), batch * heads * triton.cdiv(r, tile.block)
+    strips, blocks = tiles.cdiv(to.positions, tile.positions), batch * heads * tiles.cdiv(r, tile.block)
     chunks = min(strips, max(1, tiles.multiprocessors(out.device) * RESIDENT // blocks)) if whole else strips
     _mix[(blocks * chunks,)](
         to,

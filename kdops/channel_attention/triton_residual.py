@@ -176,7 +176,7 @@ def _residual_mix(
 
 
 def _tiles(r: int, c: int) -> int:
-    return int(triton.cdiv(r, SUMS["BLOCK"]) * triton.cdiv(c, SUMS["BLOCK"]))
+    return tiles.cdiv(r, SUMS["BLOCK"]) * tiles.cdiv(c, SUMS["BLOCK"])
 
 
 def new_counters(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -218,7 +218,7 @@ def launch_residual_sums(
         chunks,
         r,
         c,
-        triton.next_power_of_2(parts.shape[1]),
+        tiles.next_power_of_2(parts.shape[1]),
         PRECISION=tiles.precision(),
         **SUMS,
         **tiles.early(),
@@ -240,8 +240,8 @@ def launch_residual_mix(
     batch, heads, r, c = attention.shape
     to = features(out)
     tile = {"BLOCK": 32 if on_amd() else 64, "POSITIONS": 32, "num_warps": 8}
-    items = triton.cdiv(c, tile["BLOCK"]) * triton.cdiv(to.positions, tile["POSITIONS"])
-    workers = min(items, triton.cdiv(2 * tiles.multiprocessors(out.device), batch * heads))
+    items = tiles.cdiv(c, tile["BLOCK"]) * tiles.cdiv(to.positions, tile["POSITIONS"])
+    workers = min(items, tiles.cdiv(2 * tiles.multiprocessors(out.device), batch * heads))
     _residual_mix[(batch * heads * workers,)](
         to,
         None if term is None else features(term[0].flatten(0, 1)),

@@ -291,9 +291,9 @@ def _map(t: Tensor) -> Tensor:
 def _launch_rows(kernel, problem: _Problem, which: str, *args: object, tile: Tile | None = None) -> None:
     channels = problem.student.data.shape[1]
     tile = tile or tile_for(which, channels, problem.student.data.dtype)
-    slices = 1 if kernel is _sweep else triton.cdiv(channels, tile.slice)  # one sweep does not share channels
+    slices = 1 if kernel is _sweep else tiles.cdiv(channels, tile.slice)  # one sweep does not share channels
     result = () if kernel is _sweep else (slices, tiles.parts(min(channels, tile.slice)))
-    kernel[(problem.student.data.shape[0] * slices * triton.cdiv(problem.student.positions, tile.rows),)](
+    kernel[(problem.student.data.shape[0] * slices * tiles.cdiv(problem.student.positions, tile.rows),)](
         problem.student,
         problem.teacher,
         problem.codes,
@@ -372,10 +372,10 @@ def _codebook_gradient(problem: _Problem, statistics: Tensor, grad: Tensor, temp
     """(K, D) float32: a sum over the rows of each group, then over the groups."""
     count, codes, channels = problem.positions, problem.codes.positions, problem.student.data.shape[1]
     tile = tile_for("code_sums", channels, problem.student.data.dtype)
-    code_blocks = triton.cdiv(codes, tile.codes)
-    blocks = problem.student.data.shape[0] * triton.cdiv(problem.student.positions, tile.rows)
-    slices = triton.cdiv(channels, tile.slice)
-    groups = max(1, min(blocks, triton.cdiv(PROGRAMS, code_blocks * slices)))
+    code_blocks = tiles.cdiv(codes, tile.codes)
+    blocks = problem.student.data.shape[0] * tiles.cdiv(problem.student.positions, tile.rows)
+    slices = tiles.cdiv(channels, tile.slice)
+    groups = max(1, min(blocks, tiles.cdiv(PROGRAMS, code_blocks * slices)))
     largest = torch.cat([grad.abs(), grad.new_zeros(1)]).amax()
     upstream = torch.where(largest > 0, grad / largest, grad).contiguous()  # float16 has no digits for 1 / M
     partial = problem.offsets.new_empty((groups, codes, channels))

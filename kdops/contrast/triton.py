@@ -99,12 +99,12 @@ def _distance(x: Tensor, y: Tensor, sizes: tuple[int, int, int], p: int, symmetr
     # 32 features for 16 x 16 pairs to 512 for one: as many sums as the registers hold, and consecutive features in a warp.
     features = max(32, min(512, 2048 // (rows_x * rows_y)))
     warps = 8 if rows_x * rows_y == MAX_ROWS**2 else 4
-    blocks_x, blocks_y = triton.cdiv(b, rows_x), triton.cdiv(k, rows_y)
+    blocks_x, blocks_y = tiles.cdiv(b, rows_x), tiles.cdiv(k, rows_y)
     blocks = blocks_x * (blocks_x + 1) // 2 if symmetric else g * blocks_x * blocks_y
-    all_steps = triton.cdiv(f, features)
+    all_steps = tiles.cdiv(f, features)
     programs = tiles.multiprocessors(x.device) * WARPS_PER_MULTIPROCESSOR // warps
-    steps = min(MAX_STEPS, triton.cdiv(all_steps * blocks, programs))
-    chunks = triton.cdiv(all_steps, steps)
+    steps = min(MAX_STEPS, tiles.cdiv(all_steps * blocks, programs))
+    chunks = tiles.cdiv(all_steps, steps)
     partial = x.new_empty((g, chunks, b, k), dtype=torch.float32)
     _distances[(blocks * chunks,)](
         x, y, partial, b, k, f, steps, chunks, p, rows_x, rows_y, features, symmetric, num_warps=warps, **tiles.OPTIONS
@@ -217,7 +217,7 @@ def _launch_gradients(grad: Tensor, held: _Operand, streamed: _Operand, p: int) 
     tile = min(
         256, 1024 // rows
     )  # features; a single warp has 32 or fewer values a thread, and never waits for another
-    grid = (groups * triton.cdiv(held.group, rows) * triton.cdiv(features, tile),)
+    grid = (groups * tiles.cdiv(held.group, rows) * tiles.cdiv(features, tile),)
     _gradients[grid](
         grad,
         held.rows,

@@ -185,7 +185,7 @@ def gaussian_distance(
         REDUCTIONS[reduction],
         ADAPTIVE_FLOOR,
         ROWS,
-        min(COLUMNS, triton.next_power_of_2(max(*chunks, 16))),
+        min(COLUMNS, tiles.next_power_of_2(max(*chunks, 16))),
         num_warps=8,
         **tiles.early(),
         **tiles.OPTIONS,
@@ -195,10 +195,10 @@ def gaussian_distance(
 
 def _chunks(sizes: Sequence[int], batch: int, device: torch.device) -> tuple[int, tuple[int, ...]]:
     """Tiles of a chunk, a power of two so that few kernels are compiled, and chunks of a sample of each tap."""
-    tiles_of_all = batch * sum(triton.cdiv(size, SUMMED) for size in sizes)
-    wanted = triton.cdiv(tiles_of_all, tiles.multiprocessors(device) * PROGRAMS)
-    steps = min(MAX_STEPS, triton.next_power_of_2(max(wanted, 1)))
-    return steps, tuple(triton.cdiv(size, steps * SUMMED) for size in sizes)
+    tiles_of_all = batch * sum(tiles.cdiv(size, SUMMED) for size in sizes)
+    wanted = tiles.cdiv(tiles_of_all, tiles.multiprocessors(device) * PROGRAMS)
+    steps = min(MAX_STEPS, tiles.next_power_of_2(max(wanted, 1)))
+    return steps, tuple(tiles.cdiv(size, steps * SUMMED) for size in sizes)
 
 
 # --- gradients -------------------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def gaussian_distance_backward(
             continue
         sizes = tuple(pairs[t][0].shape[1] for t in taps)
         batch = weight.shape[1]
-        _gradients[(batch * sum(triton.cdiv(size, FEATURES) for size in sizes),)](
+        _gradients[(batch * sum(tiles.cdiv(size, FEATURES) for size in sizes),)](
             tuple(pairs[t][0] for t in taps),
             tuple(pairs[t][1] for t in taps),
             tuple(grads_x[t].rows for t in taps) if wanted[0] else None,

@@ -286,7 +286,7 @@ class _Call:
         b, channels, h, w = image.shape
         self.image, self.c, self.window, self.replicate = image, c, window, replicate
         self.sizes = (channels, h, w, b * channels * h)
-        self.grid = (triton.cdiv(b * channels * h, ROWS) * triton.cdiv(w, COLUMNS),)
+        self.grid = (tiles.cdiv(b * channels * h, ROWS) * tiles.cdiv(w, COLUMNS),)
         # Made on the device, because a copy from the host would wait for it.
         self.tables = image.new_empty((2, TAPS.value), dtype=torch.float32)
         _tables[(1,)](self.tables, window, -1 / (2 * sigma * sigma), TAPS, num_warps=1, **tiles.OPTIONS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from math import e, log2
 
 import torch
-import triton
 from torch import Tensor
 
 from .. import tiles
@@ -37,9 +36,9 @@ def _launch_attend(
     value_channels = channels if values is None else values.data.shape[1]
     sweep = "attend given" if given else "attend shared" if values is None else "attend"
     tile = tile or tile_for(sweep, max(channels, value_channels), rows.data.dtype)
-    slices = 1 if out is None else triton.cdiv(value_channels, tile.slice)
+    slices = 1 if out is None else tiles.cdiv(value_channels, tile.slice)
     apart = slices > 1 or channels > tile.held  # the columns are not on chip as they are summed up
-    _attend[(rows.data.shape[0] * slices * triton.cdiv(rows.positions, tile.rows),)](
+    _attend[(rows.data.shape[0] * slices * tiles.cdiv(rows.positions, tile.rows),)](
         rows,
         columns,
         columns if values is None and apart else values,
@@ -81,8 +80,8 @@ def _launch_slopes(
     value_channels = (columns if column_values is None else column_values).data.shape[1]
     shared = row_values is None
     tile = tile or tile_for("slopes shared" if shared else "slopes", max(channels, value_channels), rows.data.dtype)
-    slices = 1 if gradient is None else triton.cdiv(channels, tile.slice)
-    _slopes[(rows.data.shape[0] * slices * triton.cdiv(rows.positions, tile.rows),)](
+    slices = 1 if gradient is None else tiles.cdiv(channels, tile.slice)
+    _slopes[(rows.data.shape[0] * slices * tiles.cdiv(rows.positions, tile.rows),)](
         rows,
         row_values,
         columns,
@@ -113,8 +112,8 @@ def _launch_slopes(
 
 def _launch_delta(out: Features, grad: Features, delta: Tensor, scale: float) -> None:
     batch, channels, _ = out.data.shape
-    rows = max(16, 4096 // triton.next_power_of_2(channels))
-    _delta[(batch * triton.cdiv(out.positions, rows),)](
+    rows = max(16, 4096 // tiles.next_power_of_2(channels))
+    _delta[(batch * tiles.cdiv(out.positions, rows),)](
         out, grad, delta, scale, channels, tiles.parts(channels), rows, num_warps=4, **tiles.OPTIONS
     )
 
