@@ -16,14 +16,13 @@ from .. import tiles
 from ..layout import GradientColumns
 from .triton import factor_of, shape_of
 from .triton_products import Grams, launch_grams, launch_mix, same
-from .triton_residual import launch_residual_mix, launch_residual_sums, new_counters
+from .triton_residual import launch_residual_mix, launch_residual_sums, residual_counters
 
 ROWS = 16  # of a C x C matrix that a program works on
-# Chunks of up to so many channels that every block of rows sums for itself: it reads at most 640 KiB from the L2 cache, in 6 us, as long as
-# a launch that sums them and the gap before it. With more channels registers spill, and each block would read more, and more often.
+# Chunks of up to so many channels that programs sum for themselves: a launch that sums them, and the gap before it, take as long as all of
+# `_compare`. Then DEPTH channels of the value are one program's, so that each reads few chunks of few numbers, all at once.
 FEW_CHUNKS, FEW_CHANNELS = 32, 64
-FEW_DEPTH, FEW_AHEAD = 32, 8  # channels of a step then, and loads at once
-FEW_WARPS = 16  # registers for one program on a multiprocessor: those that start early would crowd on the first ones that have room
+FEW_WARPS, FEW_AHEAD = 8, 16  # chunks whose loads are under way at once
 DEPTH = 16
 
 # --- C x C matrices ---------------------------------------------------------------------------------------------------------------
@@ -47,10 +46,10 @@ def _over_chunks(matrix, at, inside, chunks, width, AHEAD: tl.constexpr):
 
 @triton.jit
 def _add_square_product(
-    sums, left, left_row, left_column, right, chunks, width, r, j, R, K, C, DEPTH: tl.constexpr, AHEAD: tl.constexpr
+    sums, left, left_row, left_column, right, chunks, width, r, j, R, begin, K, C, DEPTH: tl.constexpr, AHEAD: tl.constexpr
 ):  # fmt: skip
-    """sums (r, j) + left (R, K), whose strides are given, times right (K, C) in so many chunks, in full float32."""
-    for first in range(0, K, DEPTH):
+    """sums (r, j) + left (R, begin to K), whose strides are given, times right (begin to K, C) in so many chunks, in full float32."""
+    for first in range(begin, K, DEPTH):
         k = first + tl.arange(0, DEPTH)
         a = tl.load(
             left + r[:, None] * left_row + k[None, :] * left_column, mask=(r < R)[:, None] & (k < K)[None, :], other=0.0
@@ -60,14 +59,14 @@ def _add_square_product(
     return sums
 
 
-@triton.jit(do_not_specialize=["counted", "scale", "chunks"])
+@triton.jit(do_not_specialize=["scale", "chunks"])
 def _compare(
     sums,  # (heads, chunks, width) float32: the Grams
     attention,  # (heads, R, C)
     of_attention,  # (heads, R, C): residual value^T
     parts,  # (heads, blocks, 2) float64: what a block of rows adds to the distance and to the target's square
-    counters,  # int32, of the kernel that settles the distances
-    counted,  # how many
+    shares,  # (heads, blocks, SHARES, ROWS, COLUMNS) float32, or None: of attention value value^T, by channels of the value
+    counters,  # (heads, blocks) int32, zeros
     scale,
     chunks,  # None: one
     width,
@@ -80,15 +79,19 @@ def _compare(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     AHEAD: tl.constexpr,
-    ZEROS: tl.constexpr,
+    SHARES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """The attention, by a softmax of scaled Grams, and with it the distance and its gradient, a block of rows of one head."""
+    """The attention, by a softmax of scaled Grams, and with it the distance and its gradient, a block of rows of one head.
+
+    SHARES programs have the same rows, and DEPTH channels of the value each; the last of them adds up what they found.
+    """
     tiles.start(EARLY)
     program = tl.program_id(0).to(tl.int64)
+    share, number = program % SHARES, program // SHARES
     blocks = tl.cdiv(R, ROWS)
-    head = program // blocks
-    r = program % blocks * ROWS + tl.arange(0, ROWS)
+    head = number // blocks
+    r = number % blocks * ROWS + tl.arange(0, ROWS)
     j = tl.arange(0, COLUMNS)[None, :]
     inside = (r < R)[:, None] & (j < C)
     at = r[:, None] * C + j
@@ -100,19 +103,30 @@ def _compare(
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
     weights /= tl.sum(weights, 1)[:, None]
     own = attention + head * R * C
-    tiles.store(own + at, weights, inside)
+    tiles.store(own + at, weights, inside)  # by every share, the same
     tl.debug_barrier()  # the product reads rows that other threads have written
+    first, end = 0, C
+    if SHARES > 1:
+        first, end = share * DEPTH, tl.minimum(C, (share + 1) * DEPTH)
     of_values = tl.zeros((ROWS, COLUMNS), tl.float32)
-    of_values = _add_square_product(of_values, own, C, 1, grams + VALUES, chunks, width, r, j, R, C, C, DEPTH, AHEAD)
+    of_values = _add_square_product(
+        of_values, own, C, 1, grams + VALUES, chunks, width, r, j, R, first, end, C, DEPTH, AHEAD
+    )
+    if SHARES > 1:
+        in_share = tl.arange(0, ROWS)[:, None] * COLUMNS + j
+        tiles.store(shares + program * ROWS * COLUMNS + in_share, of_values, True)
+        if tiles.arrive(counters + number, SHARES) == 0:
+            return
+        of_values = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for n in tl.static_range(SHARES):
+            found = shares + (number * SHARES + n) * ROWS * COLUMNS + in_share
+            of_values += tl.load(found, cache_modifier=".cg")
     slopes = of_values - cross
     tiles.store(of_attention + head * R * C + at, slopes, inside)
     differences = weights.to(tl.float64) * (slopes.to(tl.float64) - cross.to(tl.float64))
     distance = square + tl.sum(tl.where(inside, differences, 0.0))
-    tiles.store(parts + program * 2, distance, True)
-    tiles.store(parts + program * 2 + 1, square, True)
-    for first in range(program * ZEROS, counted, tl.num_programs(0) * ZEROS):
-        c = first + tl.arange(0, ZEROS)
-        tiles.store(counters + c, tl.zeros((ZEROS,), tl.int32), c < counted)
+    tiles.store(parts + number * 2, distance, True)
+    tiles.store(parts + number * 2 + 1, square, True)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -153,7 +167,7 @@ def _slopes(
     elif square is not None:
         r = (block - of_slopes) * ROWS + tl.arange(0, ROWS)
         sums = tl.zeros((ROWS, COLUMNS), tl.float32)
-        sums = _add_square_product(sums, own, 1, C, own, None, None, r, j, C, R, C, DEPTH, 1)
+        sums = _add_square_product(sums, own, 1, C, own, None, None, r, j, C, 0, R, C, DEPTH, 1)
         tiles.store(square + head * C * C + r[:, None] * C + j, sums, (r < C)[:, None] & (j < C))
 
 
@@ -163,25 +177,28 @@ def _slopes(
 def _launch_compare(
     grams: Grams, shape: tuple[int, ...], scale: float, counters: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> attention, residual value^T, and what blocks of rows add to distance and square, (B, blocks, 2) float64; `counters` become 0."""
+    """-> attention, residual value^T, and what blocks of rows add to distance and square, (B, blocks, 2) float64."""
     batch, heads, r, c = shape
     sums, chunks = grams.sums, grams.sums.shape[1]
     if chunks > 1 and (chunks > FEW_CHUNKS or max(r, c) > FEW_CHANNELS):
         sums, chunks = sums.sum(1), 1
     attention = sums.new_empty(shape)
     of_attention = torch.empty_like(attention)
-    launch = _by_rows(c)
-    if c <= FEW_CHANNELS:  # few steps, with many loads under way
-        launch |= {"DEPTH": min(FEW_DEPTH, launch["COLUMNS"]), "num_warps": FEW_WARPS if c > 32 else 4}
     blocks = tiles.cdiv(r, ROWS)
     parts = sums.new_empty((batch, heads * blocks, 2), dtype=torch.float64)
-    _compare[(batch * heads * blocks,)](
+    launch = _by_rows(c)
+    shares, of_shares = 1, None
+    if chunks > 1:
+        launch["num_warps"] = FEW_WARPS
+        shares = tiles.cdiv(launch["COLUMNS"], DEPTH)
+        of_shares = sums.new_empty((batch, heads, blocks, shares, ROWS, launch["COLUMNS"])) if shares > 1 else None
+    _compare[(batch * heads * blocks * shares,)](
         sums,
         attention,
         of_attention,
         parts,
+        of_shares,
         counters,
-        counters.numel(),
         scale,
         chunks if chunks > 1 else None,
         sums.shape[-1],
@@ -190,7 +207,7 @@ def _launch_compare(
         *grams[1:],
         **launch,
         AHEAD=FEW_AHEAD,
-        ZEROS=128,
+        SHARES=shares,
         **tiles.early(),
         **tiles.OPTIONS,
     )
@@ -213,9 +230,10 @@ def channel_attention_distance(
     if query.shape[0] == 0:
         nothing = query.new_empty(shape, dtype=torch.float32)
         return query.new_empty(0), nothing, nothing.clone(), query.new_empty(0, dtype=torch.int32)
-    grams = launch_grams(query, key, heads, value, target)
-    counters = new_counters(grams.sums, shape)
-    attention, of_attention, parts = _launch_compare(grams, shape, factor_of(query, scale), counters)
+    of_residuals, of_rows = residual_counters(shape), query.shape[0] * heads * tiles.cdiv(shape[2], ROWS)
+    counters = query.new_empty(of_residuals + of_rows, dtype=torch.int32)
+    grams = launch_grams(query, key, heads, value, target, zeros=counters)
+    attention, of_attention, parts = _launch_compare(grams, shape, factor_of(query, scale), counters[of_residuals:])
     v = key if value is None else value
     distance, close = launch_residual_sums(attention, of_attention, v, target, parts, counters, _elements(target, mean))
     return distance, attention, of_attention, close

@@ -17,6 +17,8 @@ from torch import Tensor
 from .. import tiles
 from ..tiles import features
 
+ZEROS = tl.constexpr(128)  # that a program writes at once
+
 # --- maps times maps -------------------------------------------------------------------------------------------------------------
 
 
@@ -27,7 +29,7 @@ def tile_of(features, head, heads, n, c, C):
     return tl.load(pointers, mask=(n < features.positions)[:, None] & (c < C)[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["heads", "chunks"])
+@triton.jit(do_not_specialize=["heads", "chunks", "zeros_count"])
 def _grams(
     x,
     y,
@@ -37,6 +39,8 @@ def _grams(
     width,
     heads,  # of a sample
     chunks,
+    zeros,  # int32, to be set to 0 for the kernels behind, or None
+    zeros_count,
     CX,
     CY,
     DISTANCE: tl.constexpr,  # whether more than x y^T is wanted
@@ -58,6 +62,10 @@ def _grams(
     j = program % columns * BLOCK + tl.arange(0, BLOCK)
     part = program // (columns * columns)
     head, chunk = part // chunks, part % chunks
+    if zeros is not None:
+        for first in range(program * ZEROS, zeros_count, tl.num_programs(0) * ZEROS):
+            at = first + tl.arange(0, ZEROS)
+            tiles.store(zeros + at, tl.zeros((ZEROS,), tl.int32), at < zeros_count)
     steps = tl.cdiv(tl.cdiv(x.positions, POSITIONS), chunks)
     if DISTANCE:
         v = y if value is None else value
@@ -263,8 +271,15 @@ class Grams(NamedTuple):
     cross: int | None  # target value^T, (Cx, Cy); None where the target is x and the value is y
 
 
-def launch_grams(x: Tensor, y: Tensor, heads: int, value: Tensor | None = None, target: Tensor | None = None) -> Grams:
-    """x y^T; where a target is given also value value^T, target value^T and the target's squares (value None: y)."""
+def launch_grams(
+    x: Tensor,
+    y: Tensor,
+    heads: int,
+    value: Tensor | None = None,
+    target: Tensor | None = None,
+    zeros: Tensor | None = None,
+) -> Grams:
+    """x y^T; where a target is given also value value^T, target value^T and the target's squares (value None: y). `zeros` become 0."""
     total, cx, cy = x.shape[0] * heads, x.shape[1] // heads, y.shape[1] // heads
     distance = target is not None
     alike = target is not None and value is None and same(target, x)
@@ -282,6 +297,8 @@ def launch_grams(x: Tensor, y: Tensor, heads: int, value: Tensor | None = None, 
         width,
         heads,
         chunks,
+        zeros,
+        0 if zeros is None else zeros.numel(),
         cx,
         cy,
         distance,

@@ -2,7 +2,6 @@
 # (The arguments of a kernel have types of Triton, which Python's annotations cannot say.)
 """The residual of channel attention, formed tile by tile: for samples so close to their target that Grams would cancel."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -179,10 +178,10 @@ def _tiles(r: int, c: int) -> int:
     return tiles.cdiv(r, SUMS["BLOCK"]) * tiles.cdiv(c, SUMS["BLOCK"])
 
 
-def new_counters(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Those of `launch_residual_sums`, still to be set to 0."""
+def residual_counters(shape: tuple[int, ...]) -> int:
+    """How many zeros `launch_residual_sums` needs."""
     batch, heads, r, c = shape
-    return like.new_empty(batch * heads * _tiles(r, c) + batch, dtype=torch.int32)
+    return batch * heads * _tiles(r, c) + batch
 
 
 def launch_residual_sums(
