@@ -1,4 +1,4 @@
-"""Gradients by tensor cores on a GPU that has them, of more rows than the contract's samples; tests/test_cuda_on_cpu.py does without one."""
+"""Gradients by tensor cores, of more rows than the samples of the contract; tests/test_cuda_on_cpu.py does without a GPU."""
 
 from __future__ import annotations
 
