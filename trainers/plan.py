@@ -35,6 +35,7 @@ from trainers.step import TrainStep
 BACKENDS = {"kdops": "auto", "reference": "reference"}  # name in the plan -> of kdops.backend()
 HEADROOM = 0.9  # of the memory that is free: the rest of the machine goes on
 LOW, HIGH = 2**26, 2**29  # bytes of the two steps that are measured to learn what a process takes besides
+HOLES = 1.0  # bytes between small storages for each byte in them, where no two steps tell: 0.8 to 1.4 were measured (facd, 60 to 100 MiB)
 MOST_WORK = 5e11  # of such a step: seconds on two cores
 LONGEST = 60.0  # seconds: a longer step is not run
 SHORT = (
@@ -222,8 +223,10 @@ class Learned:
         """Bytes of the process besides what is counted.
 
         They grow with small storages and with the network's; a line through the two steps over either is too high where it blames the
-        growth on the wrong one, so the lower line counts.
+        growth on the wrong one, so the lower line counts. Where both steps are one, nothing is known of the growth.
         """
+        if self.small[0] == self.small[1]:
+            return self.rests[0] + HOLES * (costs.small - self.small[0])
         lines = ((costs.small, *self.small), (costs.student.peak, *self.networks))
         return min(self.rests[0] + self._slope(low, high) * (bytes_ - low) for bytes_, low, high in lines)
 

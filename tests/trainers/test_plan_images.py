@@ -39,7 +39,7 @@ def nothing_besides(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def learned(self: Planner, backend: str) -> Learned:
         parts = self.simulate(POINT)[0].parts()
-        return Learned((0, 0), (0, 0), (0, 0), dict.fromkeys(parts, 0.0), 1.0)
+        return Learned((0, 0), (0, 1), (0, 1), dict.fromkeys(parts, 0.0), 1.0)
 
     monkeypatch.setattr(Planner, "_of_backend", learned)
 
