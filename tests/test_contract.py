@@ -56,15 +56,6 @@ def test_backend_is_here(spec: kdops.dispatch.OpSpec, backend: str, reason: str)
 FLOOR = {dtype: 4 * torch.finfo(dtype).eps for dtype in DTYPES} | {torch.float64: 1e-13}
 
 
-@pytest.fixture
-def poisoned_memory():
-    """torch.empty gives NaN: an element that a kernel forgets to write cannot pass."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def eager_and_exact(case: Case, given: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Every result and gradient by the reference, in the dtype of the inputs and in float64 with the same upstream gradients."""
     outs, grads = case.gradients(given, backend="reference")
@@ -463,15 +454,10 @@ EXTREMES = {
 }
 
 
-def eager_errors(case: Case, given: Sequence[Tensor]) -> list[float]:
-    """Of each result and gradient, the largest error of eager torch where both it and float64 are finite."""
-    outs, grads = case.gradients(given, backend="reference")
-    exact_outs, exact_grads = case.gradients([t.detach().double().requires_grad_() for t in given], backend="reference")
-    errors = []
-    for eager, exact in zip((*outs, *grads), (*exact_outs, *exact_grads), strict=True):
-        error = (eager.double() - exact.double())[eager.isfinite() & exact.isfinite()].abs()
-        errors.append(float(error.amax()) if error.numel() else 0.0)
-    return errors
+def eager_errors(found: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+    """Of each result and gradient of `eager_and_exact`, the largest error where both are finite."""
+    finite = ((e.double() - x.double())[e.isfinite() & x.isfinite()].abs() for e, x in found)
+    return [float(error.amax()) if error.numel() else 0.0 for error in finite]
 
 
 @every_case
@@ -479,29 +465,29 @@ def eager_errors(case: Case, given: Sequence[Tensor]) -> list[float]:
 def test_14_extreme_values_behave_as_in_the_reference(case: Case, extreme: str) -> None:
     given = [EXTREMES[extreme](t).detach().requires_grad_() for t in case.inputs()]
     outs, grads = case.gradients(given)
-    eager_outs, eager_grads = case.gradients(given, backend="reference")
+    found = eager_and_exact(case, given)
     # What is zero but for rounding (a squared distance of equal maps, a softmax over constant values) is measured by eager's
     # own error and, as eager may happen to be exact, by that at constants near this one and by what cancels: the square of one rounding
     # of the constant, and 16 roundings of the largest gradient, for constant maps the largest of each input where maps of that size vary
     # (15 were seen).
     eps = torch.finfo(torch.float32).eps
-    errors = eager_errors(case, given)
+    errors = eager_errors(found)
     if extreme in CONSTANTS:
         value = CONSTANTS[extreme]
         for near in (0.9, 0.95, 1.05, 1.1):
-            errors = [*map(max, errors, eager_errors(case, [(near * t.detach()).requires_grad_() for t in given]))]
+            beside = eager_and_exact(case, [(near * t.detach()).requires_grad_() for t in given])
+            errors = [*map(max, errors, eager_errors(beside))]
         varied = case.gradients([(value * t.detach()).requires_grad_() for t in case.inputs()], backend="reference")[1]
         of_gradients = [16 * eps * (largest([grad]) or largest(varied)) for grad in varied]
         if extreme == "large constant":  # of what cancels roundings are left, as large as it was: it must be finite
-            exact = case.gradients([t.detach().double().requires_grad_() for t in given], backend="reference")[1]
+            exact = [x for _, x in found[len(outs) :]]
             of_gradients = [
-                floor if largest([e]) >= 1e-6 else inf for floor, e in zip(of_gradients, exact, strict=True)
+                floor if largest([x]) >= 1e-6 else inf for floor, x in zip(of_gradients, exact, strict=True)
             ]
         floors = [(value * eps) ** 2] * len(outs) + of_gradients
     else:
-        floors = [0.0] * len(outs) + [16 * eps * largest(eager_grads)] * len(grads)
-    results = zip((*outs, *grads), (*eager_outs, *eager_grads), errors, floors, strict=True)
-    for mine, eager, error, floor in results:
+        floors = [0.0] * len(outs) + [16 * eps * largest([e for e, _ in found[len(outs) :]])] * len(grads)
+    for mine, (eager, _), error, floor in zip((*outs, *grads), found, errors, floors, strict=True):
         torch.testing.assert_close(mine, eager, equal_nan=True, rtol=1e-4, atol=max(1e-30, 3 * error, floor))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -102,20 +102,12 @@ def test_many_chunks(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(12, 60), (50, 10), (64, 64), (33, 17)])
 @pytest.mark.parametrize("form", ["all", "key is value"])
 def test_programs_share_the_channels_of_a_value(
-    rows: int, columns: int, form: str, monkeypatch: pytest.MonkeyPatch, uninitialised: None
+    rows: int, columns: int, form: str, monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
 ) -> None:
     """Each block of rows is compared by one program for every 16 channels of the value, where there are chunks to sum."""
     monkeypatch.setattr(tiles, "SHORTEST_CHUNK", 32)
     maps = [drawn(2, c, 130, seed=i) for i, c in enumerate((rows, columns, columns, rows))]
     check([maps[i] for i in FORMS[form]], torch.float32, True)
-
-
-@pytest.fixture
-def uninitialised() -> Iterator[None]:
-    """Memory that nothing was written to is NaN, or the largest integer."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def near(maps: list[Tensor], difference: float) -> Tensor:
