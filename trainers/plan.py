@@ -225,13 +225,10 @@ class Learned:
         They grow with small storages and with the network's; a line through the two steps over either is too high where it blames the
         growth on the wrong one, so the lower line counts. Where both steps are one, nothing is known of the growth.
         """
-        if self.small[0] == self.small[1]:
-            return self.rests[0] + HOLES * (costs.small - self.small[0])
         lines = ((costs.small, *self.small), (costs.student.peak, *self.networks))
-        return min(self.rests[0] + self._slope(low, high) * (bytes_ - low) for bytes_, low, high in lines)
-
-    def _slope(self, low: float, high: float) -> float:
-        return max(0.0, (self.rests[1] - self.rests[0]) / (high - low)) if high > low else 0.0
+        growth = max(0.0, self.rests[1] - self.rests[0])
+        grown = (growth * (bytes_ - low) / (high - low) for bytes_, low, high in lines if high > low)
+        return self.rests[0] + min(grown, default=HOLES * (costs.small - self.small[0]))
 
     def times(self, costs: StepCosts) -> tuple[StepCosts, float]:
         """Simulated costs with seconds, and the seconds of the whole step."""
