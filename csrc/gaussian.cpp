@@ -195,17 +195,29 @@ std::tuple<Tensor, Tensor, Tensor> gaussian_distance(const Tensors& x, const Ten
   return {distance, slope, rate};
 }
 
-// weight[tap][row] is the derivative by the squared distance.
-std::tuple<Tensors, Tensors> gaussian_distance_backward(const Tensor& weight, const Tensors& x, const Tensors& y,
-                                                        const std::vector<bool>& need_x,
+// 2 grad slope of every sample of every tap, (T, B) as a list.
+template <typename T>
+std::vector<T> factors(const Tensor& grad, const Tensor& slope) {
+  const Tensor dense_grad = torch::stable::contiguous(grad), dense_slope = torch::stable::contiguous(slope);
+  std::vector<T> result(slope.numel());
+  for_dtype<float, double, BFloat16, Half>(grad.scalar_type(), [&](auto zero) {
+    const auto* upstream = const_data<decltype(zero)>(dense_grad);
+    const T* slopes = const_data<T>(dense_slope);
+    for (size_t i = 0; i < result.size(); ++i) result[i] = 2 * static_cast<T>(upstream[i]) * slopes[i];
+  });
+  return result;
+}
+
+// slope[tap][row] is the derivative of the distance by the sum of squares, grad[tap][row] that by the distance.
+std::tuple<Tensors, Tensors> gaussian_distance_backward(const Tensor& grad, const Tensor& slope, const Tensors& x,
+                                                        const Tensors& y, const std::vector<bool>& need_x,
                                                         const std::vector<bool>& need_y) {
   const std::vector<FlatPair> taps = flatten(x, y);
   const int64_t count = static_cast<int64_t>(taps.size()), batch = x[0].size(0);
-  STD_TORCH_CHECK(need_x.size() == taps.size() && need_y.size() == taps.size() && weight.dim() == 2 &&
-                      weight.size(0) == count && weight.size(1) == batch &&
-                      weight.scalar_type() == accumulator_dtype(x[0].scalar_type()),
-                  "kdops: the weights and needs must be those of the taps.");
-  const Tensor weights = torch::stable::contiguous(weight);
+  STD_TORCH_CHECK(need_x.size() == taps.size() && need_y.size() == taps.size() && grad.dim() == 2 && slope.dim() == 2 &&
+                      grad.size(0) == count && grad.size(1) == batch && slope.size(0) == count &&
+                      slope.size(1) == batch && slope.scalar_type() == accumulator_dtype(x[0].scalar_type()),
+                  "kdops: the gradients, slopes and needs must be those of the taps.");
   std::vector<Gradient> grads_x, grads_y;
   for (size_t t = 0; t < taps.size(); ++t) {
     grads_x.emplace_back(need_x[t], x[t], taps[t].x, 1);
@@ -215,7 +227,7 @@ std::tuple<Tensors, Tensors> gaussian_distance_backward(const Tensor& weight, co
   }
   for_dtype<float, double, BFloat16, Half>(x[0].scalar_type(), [&](auto zero) {
     using scalar_t = decltype(zero);
-    const auto* scales = const_data<Accumulator<scalar_t>>(weights);
+    const auto scales = factors<Accumulator<scalar_t>>(grad, slope);
     const auto piece_of = [](bool needed, const Gradient& gradient, const Piece& piece) -> scalar_t* {
       return needed ? data<scalar_t>(gradient.rows) + piece.row * gradient.rows.stride(0) + piece.begin : nullptr;
     };
@@ -225,7 +237,7 @@ std::tuple<Tensors, Tensors> gaussian_distance_backward(const Tensor& weight, co
       const FlatPair& tap = taps[piece.tap];
       scale_difference<scalar_t>(sample<scalar_t>(tap.x, piece.row) + piece.begin,
                                  sample<scalar_t>(tap.y, piece.row) + piece.begin, piece.end - piece.begin,
-                                 2 * scales[piece.tap * batch + piece.row],
+                                 scales[piece.tap * batch + piece.row],
                                  piece_of(need_x[piece.tap], grads_x[piece.tap], piece),
                                  piece_of(need_y[piece.tap], grads_y[piece.tap], piece));
     });

@@ -95,11 +95,11 @@ def gaussian(everything: bool) -> Calls:
     def calls(b: int, features: tuple[int, ...], dtype: torch.dtype, sigma: list[float] | None) -> Calls:
         x, y = ([empty(b, f, dtype=dtype) for f in features] for _ in range(2))
         count = len(features)
-        weight = empty(count, b)
+        grad, slope = empty(count, b, dtype=dtype), empty(count, b)
         for reduction in range(3):
             yield partial(ops.gaussian_distance, x, y, sigma, True, reduction)
-        yield lambda: ops.gaussian_distance_backward(weight, x, y, [True] * count, [False] * count)
-        yield lambda: ops.gaussian_distance_backward(weight, x, y, [True] * count, [True] * count)
+        yield lambda: ops.gaussian_distance_backward(grad, slope, x, y, [True] * count, [False] * count)
+        yield lambda: ops.gaussian_distance_backward(grad, slope, x, y, [True] * count, [True] * count)
 
     pyramid = (1048576, 262144, 65536, 16384, 4096)
     yield from calls(8, pyramid, torch.bfloat16, [1.0] * 5)

@@ -22,7 +22,7 @@ ROWS = 16  # of a C x C matrix that a program works on
 # Chunks of up to so many channels that programs sum for themselves: a launch that sums them, and the gap before it, take as long as all of
 # `_compare`. Then DEPTH channels of the value are one program's, so that each reads few chunks of few numbers, all at once.
 FEW_CHUNKS, FEW_CHANNELS = 32, 64
-FEW_WARPS, FEW_AHEAD = 8, 16  # chunks whose loads are under way at once
+FEW_WARPS, FEW_AHEAD = 16, 16  # chunks whose loads are under way at once
 DEPTH = 16
 
 # --- C x C matrices ---------------------------------------------------------------------------------------------------------------

@@ -211,9 +211,7 @@ class Tile(NamedTuple):
     depth: int  # channels of a map that is multiplied with a matrix
     warps: int
     stages: int
-
-
-RESIDENT = 2  # programs for each multiprocessor are launched at most: all start at once
+    resident: int = 2  # programs for each multiprocessor are launched at most: all start at once
 
 
 def on_amd() -> bool:
@@ -240,8 +238,8 @@ def gram_tile(channels: int, dtype: torch.dtype, grams: int) -> Tile:
     return Tile(block, 64, 64, 8 if wide else 4, 2 if on_amd() else 4)
 
 
-def mix_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
-    """As above; of bfloat16 all columns of the matrix are held where they are few."""
+def mix_tile(rows: int, columns: int, dtype: torch.dtype, terms: int) -> Tile:
+    """As above; of bfloat16 all columns of the matrices are held where they are few."""
     tile = gram_tile(rows, dtype, 1)
     few = tiles.architecture() == "cuda:80"  # registers
     if dtype == torch.float32:
@@ -252,6 +250,10 @@ def mix_tile(rows: int, columns: int, dtype: torch.dtype) -> Tile:
         tile = tile._replace(positions=128)
     if depth > 128:
         return tile._replace(positions=128 if tile.block == 128 and not few else tile.positions)
+    if tiles.architecture() == "cuda:90" and tile.block == 64 == depth and terms == 2:
+        tile = tile._replace(
+            warps=8, stages=4, resident=1
+        )  # the fastest of 18 on an H200; with one term, or three, it is not
     return tile._replace(depth=depth)
 
 
@@ -287,7 +289,7 @@ def launch_grams(
     tile = gram_tile(most, x.dtype, 1 if not distance else 2 if alike else 3)
     blocks = tiles.cdiv(most, tile.block) ** 2
     maps = [None if t is None else features(t) for t in (x, y, value, None if alike else target)]
-    chunks = tiles.chunks(max(m.positions for m in maps if m is not None), total * blocks, x.device, RESIDENT)
+    chunks = tiles.chunks(max(m.positions for m in maps if m is not None), total * blocks, x.device, tile.resident)
     values, squares, end = cx * cy, cx * cy + cy * cy, cx * cy + cy * cy + cx
     width = cx * cy if not distance else end if alike else end + cx * cy
     sums = x.new_empty((total, chunks, width), dtype=torch.float32)
@@ -333,7 +335,7 @@ def launch_mix(
     batch, heads, r, _ = terms[0][0].shape
     dtype = terms[0][1].dtype
     columns = max(matrix.shape[3] for matrix, _ in terms)
-    tile = mix_tile(r, columns, dtype)
+    tile = mix_tile(r, columns, dtype, len(terms))
     whole = columns <= tile.depth
     pairs = [
         features(t)
@@ -342,7 +344,7 @@ def launch_mix(
     ]
     to = features(out)
     strips, blocks = tiles.cdiv(to.positions, tile.positions), batch * heads * tiles.cdiv(r, tile.block)
-    chunks = min(strips, max(1, tiles.multiprocessors(out.device) * RESIDENT // blocks)) if whole else strips
+    chunks = min(strips, max(1, tiles.multiprocessors(out.device) * tile.resident // blocks)) if whole else strips
     _mix[(blocks * chunks,)](
         to,
         *pairs,

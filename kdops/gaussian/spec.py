@@ -29,7 +29,7 @@ def _fake(x: Taps, y: Taps, sigma: Sequence[float] | None, mean: bool, reduction
 
 
 def _fake_backward(
-    weight: Tensor, x: Taps, y: Taps, need_x: Sequence[bool], need_y: Sequence[bool]
+    grad: Tensor, slope: Tensor, x: Taps, y: Taps, need_x: Sequence[bool], need_y: Sequence[bool]
 ) -> tuple[list[Tensor], list[Tensor]]:
     def gradients(taps: Taps, need: Sequence[bool]) -> list[Tensor]:
         return [gradient_like(t, needed) for t, needed in zip(taps, need, strict=True)]
@@ -55,26 +55,29 @@ def _backward(op: registration.Op) -> Callable[..., Any]:
 
     def backward(ctx: Any, grad: Tensor | None, grad_slope: Tensor | None, _: None) -> tuple[Any, ...]:
         slope, rate, *taps = ctx.saved_tensors
-        upstream = 0 if grad is None else grad.unsqueeze(1) if ctx.reduction else grad
+        upstream = torch.zeros_like(slope) if grad is None else grad.unsqueeze(1) if ctx.reduction else grad
         if grad_slope is not None:
             upstream = upstream - grad_slope * rate.unsqueeze(1)
         count, need = len(taps) // 2, list(ctx.needs_input_grad[1:])
         need_x, need_y = need[:count], need[count:]
-        of_x, of_y = op(upstream * slope, taps[:count], taps[count:], need_x, need_y)
+        of_x, of_y = op(upstream.expand_as(slope), slope, taps[:count], taps[count:], need_x, need_y)
         return tuple(g if needed else None for g, needed in zip((*of_x, *of_y), need, strict=True))
 
     return backward
 
 
-def _setup_twice(ctx: Any, inputs: tuple[Tensor, Taps, Taps, Sequence[bool], Sequence[bool]], output: Any) -> None:
-    weight, x, y, *_ = inputs
+def _setup_twice(
+    ctx: Any, inputs: tuple[Tensor, Tensor, Taps, Taps, Sequence[bool], Sequence[bool]], output: Any
+) -> None:
+    grad, slope, x, y, *_ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(weight, *x, *y)
+    ctx.save_for_backward(grad, slope, *x, *y)
 
 
 def _backward_twice(ctx: Any, *grads: list[Tensor | None]) -> tuple[Any, ...]:
-    """Of 2 weight (x - y), the gradient of x, and its negative, that of y. In plain torch, which differentiates it once more."""
-    weight, *taps = ctx.saved_tensors
+    """Of 2 grad slope (x - y), the gradient of x, and its negative, that of y. In plain torch, which differentiates it once more."""
+    grad, slope, *taps = ctx.saved_tensors
+    weight = grad * slope
     count = len(taps) // 2
     rows, of_x = [], []
     for row, a, b, into_x, into_y in zip(weight, taps[:count], taps[count:], *grads, strict=True):
@@ -83,7 +86,8 @@ def _backward_twice(ctx: Any, *grads: list[Tensor | None]) -> tuple[Any, ...]:
         along = along if into_y is None else along - into_y
         rows.append(2 * ((a - b) * along).flatten(1).sum(1, dtype=weight.dtype))
         of_x.append((2 * row.view(-1, *[1] * (a.ndim - 1)) * along).to(a.dtype))
-    return torch.stack(rows), of_x, [-g for g in of_x], None, None
+    of_weight = torch.stack(rows)
+    return (of_weight * slope).to(grad.dtype), of_weight * grad, of_x, [-g for g in of_x], None, None
 
 
 registration.define(
@@ -94,7 +98,7 @@ registration.define(
 )
 registration.define(
     f"{NAME}_backward",
-    "(Tensor weight, Tensor[] x, Tensor[] y, bool[] need_x, bool[] need_y) -> (Tensor[], Tensor[])",
+    "(Tensor grad, Tensor slope, Tensor[] x, Tensor[] y, bool[] need_x, bool[] need_y) -> (Tensor[], Tensor[])",
     _fake_backward,
     TRITON,
 )

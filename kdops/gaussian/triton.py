@@ -211,15 +211,16 @@ def _gradients(
     grads_x,  # the same shapes, or None where they are not needed
     grads_y,
     sizes,  # F_t
-    rows_of_weight,  # for each tap its row of weight
-    weight,  # (T, B) float32, any strides
+    numbers,  # of the taps, in grad and slope
+    grad,  # (T, B), any strides
+    slope,  # (T, B) float32
     B,
     stride_tap: tl.int64,
     stride_row: tl.int64,
     FEATURES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One program: one tile of one sample, 2 weight (x - y) and its negative.
+    """One program: one tile of one sample, 2 grad slope (x - y) and its negative.
 
     From the end to the beginning: what `_squares` has read last may still be in the L2 cache.
     """
@@ -228,8 +229,10 @@ def _gradients(
     f = first + tl.arange(0, FEATURES)
     at = row * size + f
     difference = tiles.load(_select(xs, tap) + at, f < size) - tiles.load(_select(ys, tap) + at, f < size)
-    scale = tiles.load(weight + _select(rows_of_weight, tap) * stride_tap + row * stride_row, True)
-    gradient = 2 * scale * difference
+    number = _select(numbers, tap).to(tl.int64)
+    factor = 2 * tiles.load(slope + number * B + row, True)
+    factor *= tiles.load(grad + number * stride_tap + row * stride_row, True)
+    gradient = factor * difference
     if grads_x is not None:
         tiles.store(_select(grads_x, tap) + at, gradient, f < size)
     if grads_y is not None:
@@ -237,9 +240,18 @@ def _gradients(
 
 
 def gaussian_distance_backward(
-    weight: Tensor, x: Sequence[Tensor], y: Sequence[Tensor], need_x: Sequence[bool], need_y: Sequence[bool]
+    grad: Tensor,
+    slope: Tensor,
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    need_x: Sequence[bool],
+    need_y: Sequence[bool],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """weight (T, B), taps (B, *F_t) -> the gradients of x and y, (0,) where one is not needed. One launch for each kind of need."""
+    """grad and slope (T, B), taps (B, *F_t) -> the gradients of x and y, (0,) where one is not needed.
+
+    One launch for each kind of need.
+    """
+    slope = slope.contiguous()
     pairs = [flat_rows(a, b, (1, 1)) for a, b in zip(x, y, strict=True)]
     grads_x = [_Gradient(t, flat, need) for t, (flat, _), need in zip(x, pairs, need_x, strict=True)]
     grads_y = [_Gradient(t, flat, need) for t, (_, flat), need in zip(y, pairs, need_y, strict=True)]
@@ -249,7 +261,7 @@ def gaussian_distance_backward(
         if not taps:
             continue
         sizes = tuple(pairs[t][0].shape[1] for t in taps)
-        batch = weight.shape[1]
+        batch = slope.shape[1]
         _gradients[(batch * sum(tiles.cdiv(size, FEATURES) for size in sizes),)](
             tuple(pairs[t][0] for t in taps),
             tuple(pairs[t][1] for t in taps),
@@ -257,9 +269,10 @@ def gaussian_distance_backward(
             tuple(grads_y[t].rows for t in taps) if wanted[1] else None,
             sizes,
             tuple(taps),
-            weight,
+            grad,
+            slope,
             batch,
-            *weight.stride(),
+            *grad.stride(),
             FEATURES,
             num_warps=4,
             **tiles.early(),

@@ -258,18 +258,19 @@ def test_on_sm_90_every_warpgroup_has_rows_of_its_own(channels: int, monkeypatch
     """Of float32, as in spatial attention: of fewer than 64 rows there are no products of warpgroups."""
     monkeypatch.setattr(tiles, "architecture", lambda: "cuda:90")
     chosen = [triton_products.gram_tile(channels, torch.float32, grams) for grams in (1, 2, 3)]
-    chosen.append(triton_products.mix_tile(channels, channels, torch.float32))
+    chosen.append(triton_products.mix_tile(channels, channels, torch.float32, terms=2))
     assert all(tile.block < 64 or tile.block >= 16 * tile.warps for tile in chosen)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("channels", [64, 180])
-def test_float32_tiles_of_many_channels(channels: int, form: str) -> None:
-    """Blocks of 64 channels, which no sample of the contract has."""
-    maps = [drawn(1, channels, 300, seed=i) for i in range(4)]
+@pytest.mark.parametrize("channels", [48, 64, 180])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_many_channels(dtype: torch.dtype, channels: int, form: str) -> None:
+    """Blocks of 64 channels, which no sample of the contract has, and more positions than a program has on chip."""
+    maps = [drawn(2, channels, 3000, seed=i) for i in range(4)]
     for distance in (False, True):
-        check([maps[i] for i in FORMS[form][: 4 if distance else 3]], torch.float32, distance)
+        check([maps[i] for i in FORMS[form][: 4 if distance else 3]], dtype, distance)
 
 
 @pytest.mark.gpu
