@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], object]
-LONGEST_LAUNCH = 5e-3  # seconds for which the device waits; work that takes longer hides its launches itself
+LONGEST_LAUNCH = 5e-2  # seconds for which the device waits; work that takes longer hides its launches itself
 SHORTEST_LAUNCH = 1e-4  # where none is known
 CYCLES = 2e9  # of a GPU in a second, at most
 

@@ -238,7 +238,7 @@ def gram_tile(channels: int, dtype: torch.dtype, grams: int) -> Tile:
     return Tile(block, 64, 64, 8 if wide else 4, 2 if on_amd() else 4)
 
 
-def mix_tile(rows: int, columns: int, dtype: torch.dtype, terms: int) -> Tile:
+def mix_tile(rows: int, columns: int, dtype: torch.dtype, terms: int, minus: bool) -> Tile:
     """As above; of bfloat16 all columns of the matrices are held where they are few."""
     tile = gram_tile(rows, dtype, 1)
     few = tiles.architecture() == "cuda:80"  # registers
@@ -250,10 +250,11 @@ def mix_tile(rows: int, columns: int, dtype: torch.dtype, terms: int) -> Tile:
         tile = tile._replace(positions=128)
     if depth > 128:
         return tile._replace(positions=128 if tile.block == 128 and not few else tile.positions)
-    if tiles.architecture() == "cuda:90" and tile.block == 64 == depth and terms == 2:
-        tile = tile._replace(
-            warps=8, stages=4, resident=1
-        )  # the fastest of 18 on an H200; with one term, or three, it is not
+    if tiles.architecture() == "cuda:90" and tile.block == 64 == depth:  # the fastest of 15 on an H200
+        if terms == 2:
+            tile = tile._replace(warps=8, stages=4, resident=1)
+        elif terms == 1 and not minus:
+            tile = tile._replace(warps=8)
     return tile._replace(depth=depth)
 
 
@@ -335,7 +336,7 @@ def launch_mix(
     batch, heads, r, _ = terms[0][0].shape
     dtype = terms[0][1].dtype
     columns = max(matrix.shape[3] for matrix, _ in terms)
-    tile = mix_tile(r, columns, dtype, len(terms))
+    tile = mix_tile(r, columns, dtype, len(terms), minus is not None)
     whole = columns <= tile.depth
     pairs = [
         features(t)

@@ -258,7 +258,7 @@ def test_on_sm_90_every_warpgroup_has_rows_of_its_own(channels: int, monkeypatch
     """Of float32, as in spatial attention: of fewer than 64 rows there are no products of warpgroups."""
     monkeypatch.setattr(tiles, "architecture", lambda: "cuda:90")
     chosen = [triton_products.gram_tile(channels, torch.float32, grams) for grams in (1, 2, 3)]
-    chosen.append(triton_products.mix_tile(channels, channels, torch.float32, terms=2))
+    chosen.append(triton_products.mix_tile(channels, channels, torch.float32, terms=2, minus=False))
     assert all(tile.block < 64 or tile.block >= 16 * tile.warps for tile in chosen)
 
 
