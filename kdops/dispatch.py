@@ -235,7 +235,7 @@ def explain(name: str, *tensors: Any, **kwargs: Any) -> dict[str, str]:
 
     Example:
         >>> kdops.explain("pairwise_distance", x, y)
-        {'cpu': 'yes (chosen)', 'reference': 'yes', 'triton': 'no: triton on a CPU needs TRITON_INTERPRET=1', ...}
+        {'cpu': 'yes (chosen)', 'cuda': 'no: ...', 'triton': 'no: ...', 'reference': 'yes'}
 
     Raises:
         ValueError: no such op, or no tensor among the arguments.
