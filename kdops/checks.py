@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import numbers
 import operator
+import sys
 from collections.abc import Sequence
+from math import inf
 from typing import TypeVar
 
 import torch
@@ -46,6 +48,14 @@ def tensors(op: str, **given: object) -> None:
         )
 
 
+def maps(name: str, t: Tensor) -> None:
+    """TypeError unless `t` is floating point, ValueError unless it has the axes (B, C, H, W)."""
+    if not t.is_floating_point():
+        raise TypeError(f"{name} are {describe(t)}, but they must be floating point: convert them with .float().")
+    if t.ndim != 4:
+        raise ValueError(f"{name} are {describe(t)}, but they must be (B, C, H, W).")
+
+
 def autocasting(t: Tensor) -> bool:
     """Whether torch.autocast is on for the device of `t`."""
     kind = t.device.type  # there is none for meta tensors; torch 2.11 cannot compile torch.amp.is_autocast_available
@@ -78,8 +88,8 @@ def choice(op: str, name: str, value: object, allowed: Sequence[Choice]) -> Choi
 
 
 def number(op: str, name: str, value: object) -> float:
-    """`value` as a number; TypeError for anything else, tensors above all: they would get no gradient."""
-    if isinstance(value, (int, float)):
+    """`value` as a number; TypeError for anything else, tensors above all: they would get no gradient; ValueError beyond float64."""
+    if isinstance(value, float):
         return value
     if isinstance(value, Tensor):
         raise TypeError(
@@ -88,7 +98,18 @@ def number(op: str, name: str, value: object) -> float:
         )
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {name} is {value!r}, but it must be a number.")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{op}: {name} is beyond the largest number of float64, {sys.float_info.max:.1e}.") from None
+
+
+def finite(op: str, name: str, value: object) -> float:
+    """`value` as a number; ValueError for NaN and infinity."""
+    given = number(op, name, value)
+    if not -inf < given < inf:
+        raise ValueError(f"{op}: {name} is {given}, but it must be finite.")
+    return given
 
 
 def whole(op: str, name: str, value: object) -> int:

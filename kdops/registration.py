@@ -102,6 +102,7 @@ def _refusing(overload: Op, why: str) -> Op:
     """What register_autograd would make of a formula that raises, without the 1.5 ms that each such call adds to the import."""
 
     def call(*arguments: Any) -> Any:
+        _refuse_tangents(overload, arguments)
         tensors = _differentiable(arguments)
         return _Refused.apply(run, why, arguments, *tensors) if tensors else run(*arguments)  # type: ignore[no-untyped-call]
 
@@ -109,13 +110,28 @@ def _refusing(overload: Op, why: str) -> Op:
     return call
 
 
+def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors among arguments and lists of them."""
+    flat = (t for a in arguments for t in (a if isinstance(a, list) else [a]))
+    return [t for t in flat if isinstance(t, Tensor)]
+
+
 def _differentiable(arguments: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors among arguments and lists of them, if any of them is to be differentiated; else none."""
+    """Those, if any of them is to be differentiated; else none."""
     if not torch.is_grad_enabled():
         return []
-    flat = (t for a in arguments for t in (a if isinstance(a, list) else [a]))
-    tensors = [t for t in flat if isinstance(t, Tensor)]
+    tensors = _tensors(arguments)
     return tensors if any(t.requires_grad for t in tensors) else []
+
+
+def _refuse_tangents(overload: Any, arguments: tuple[Any, ...]) -> None:
+    """A backward operator would drop the tangent of an upstream gradient without a word."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return
+    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in _tensors(arguments)):
+        raise NotImplementedError(
+            f"{overload.name()}: it has no forward-mode derivative; pass backend='reference' for dual tensors in a backward pass."
+        )
 
 
 def _below_autograd(overload: Op) -> Op:
@@ -147,10 +163,16 @@ def differentiate_lists(
         )
 
 
+def batched(t: Tensor) -> bool:
+    """Whether a gradient is a batch of them (`is_grads_batched`), which torch hands to operators one by one, but not to those of lists."""
+    return torch._C._functorch.is_legacy_batchedtensor(t)
+
+
 def _shortcut(overload: Op) -> Op:
     """Past the autograd of an operator where nothing is differentiated: it reads and hands on the lists of tensors once more."""
 
     def call(*arguments: Any) -> Any:
+        _refuse_tangents(overload, arguments)
         return (overload if torch.is_grad_enabled() else run)(*arguments)
 
     run = _below_autograd(overload)

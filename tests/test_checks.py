@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -48,6 +49,16 @@ def test_a_number_is_no_tensor(name: str, option: str) -> None:
         with pytest.raises((TypeError, ValueError), match=rf"^{name}: {option} .*{why}"):
             call(**{option: wrong})
     torch.testing.assert_close(call(**{option: np.float32(value)}), call(**{option: value}))
+    for beyond in (10**400, Fraction(10**400)):
+        with pytest.raises(ValueError, match=rf"^{name}: {option} is beyond"):
+            call(**{option: beyond})
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [name for name, options in SCALARS.items() if "scale" in options])
+def test_a_scale_is_finite(name: str, scale: float) -> None:
+    with pytest.raises(ValueError, match=f"^{name}: scale is {scale}, but it must be finite"):
+        SPECS[name].function(*arguments(name), scale=scale)
 
 
 def test_every_number_was_tried() -> None:

@@ -124,6 +124,21 @@ def test_02_forward_mode(case: Case) -> None:
         return
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda *t: case.call(*t), tuple(given), tuple(tangents))
+    out = case.call(*case.inputs())[0]
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        out.backward(torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out)))
+
+
+@first_gradient
+def test_02_batched_gradients(case: Case) -> None:
+    """`is_grads_batched`, by which torch makes Jacobians: the same as one gradient after the other."""
+    given = case.inputs()
+    out = case.call(*given)[0]
+    batch = torch.stack([torch.ones_like(out), torch.linspace(-1, 1, out.numel()).view(out.shape).to(out)])
+    together = torch.autograd.grad(out, given, batch, retain_graph=True, is_grads_batched=True, allow_unused=True)
+    alone = [torch.autograd.grad(out, given, g, retain_graph=True, allow_unused=True) for g in batch]
+    for mine, each in zip(together, zip(*alone, strict=True), strict=True):
+        assert relative_error(mine, torch.stack(each)) <= 1e-5
 
 
 # 3 ---------------------------------------------------------------------------------------------------------------------

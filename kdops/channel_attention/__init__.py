@@ -38,8 +38,8 @@ def channel_attention(
 
     Raises:
         TypeError: not floating-point tensors of one dtype, a scale that is no number, or heads that are no whole number.
-        ValueError: shapes or devices that do not match, no channels or positions, heads that do not divide the channels, an unknown
-            backend.
+        ValueError: shapes or devices that do not match, no channels or positions, heads that do not divide the channels, a scale that is
+            not finite, an unknown backend.
         RuntimeError: the requested backend cannot run.
         NotImplementedError: double backward, forward mode or torch.func on a kernel backend (the reference has them).
 
@@ -107,7 +107,7 @@ def channel_attention_distance(
 
 
 def _check_options(op: str, scale: object, heads: object) -> tuple[float | None, int]:
-    return None if scale is None else checks.number(op, "scale", scale), checks.whole(op, "heads", heads)
+    return None if scale is None else checks.finite(op, "scale", scale), checks.whole(op, "heads", heads)
 
 
 def _check_shapes(op: str, query: Tensor, key: Tensor, value: Tensor, heads: int) -> None:

@@ -93,6 +93,13 @@ def _backward(op: registration.Op) -> Callable[..., Any]:
         if grad is None:  # nothing depends on the loss
             return (None,) * 6
         need = ctx.needs_input_grad[:3]
+        student, teacher, _, _, *slopes = ctx.saved_tensors
+        for name, t, kept, needed in zip(("student", "teacher"), (student, teacher), slopes, need[:2], strict=True):
+            if needed and kept.numel() < t.numel():
+                raise RuntimeError(
+                    f"codebook_cross_entropy: {name} needs a gradient, but needed none where the op was called or captured (by "
+                    f"torch.export, say), and so its slopes were not kept: capture it with a {name} that requires a gradient."
+                )
         grads = op(grad, *ctx.saved_tensors, ctx.temperature, *need)
         return (*(g if needed else None for g, needed in zip(grads, need, strict=True)), None, None, None)
 

@@ -116,6 +116,7 @@ def contrastive_ratio(
         eps: added to the mean distance to the negatives, in the unit of d.
         statistic: "mean" or "sum" over the features; it matters only beside eps.
         mask: (B, K) bool, True where a negative counts for an anchor. A sample without any has loss 0 and no gradient.
+            Gradients with p = 2 need finite numbers in negatives that do not count, too.
         reduction: "mean" over the batch, "sum", or "none".
         backend: "auto", "cpu", "cuda", "triton" or "reference".
 

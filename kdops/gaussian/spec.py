@@ -60,10 +60,24 @@ def _backward(op: registration.Op) -> Callable[..., Any]:
             upstream = upstream - grad_slope * rate.unsqueeze(1)
         count, need = len(taps) // 2, list(ctx.needs_input_grad[1:])
         need_x, need_y = need[:count], need[count:]
-        of_x, of_y = op(upstream.expand_as(slope), slope, taps[:count], taps[count:], need_x, need_y)
+        if registration.batched(upstream):
+            of_x = _gradients(upstream * slope, taps[:count], taps[count:])
+            of_y = [-g for g in of_x]
+        else:
+            of_x, of_y = op(upstream.expand_as(slope), slope, taps[:count], taps[count:], need_x, need_y)
         return tuple(g if needed else None for g, needed in zip((*of_x, *of_y), need, strict=True))
 
     return backward
+
+
+def _gradients(weight: Tensor, x: Taps, y: Taps) -> list[Tensor]:
+    """2 weight (x - y) of every tap, in plain torch."""
+    return [_scaled(row, a.to(row.dtype) - b, a.dtype) for row, a, b in zip(weight, x, y, strict=True)]
+
+
+def _scaled(row: Tensor, direction: Tensor, dtype: torch.dtype) -> Tensor:
+    """2 row direction, of a row (B,) and a direction (B, *F)."""
+    return (2 * row.view(-1, *[1] * (direction.ndim - 1)) * direction).to(dtype)
 
 
 def _setup_twice(
@@ -81,11 +95,12 @@ def _backward_twice(ctx: Any, *grads: list[Tensor | None]) -> tuple[Any, ...]:
     count = len(taps) // 2
     rows, of_x = [], []
     for row, a, b, into_x, into_y in zip(weight, taps[:count], taps[count:], *grads, strict=True):
-        along = torch.zeros_like(a)  # the direction in which the difference x - y is asked about
+        difference = a.to(weight.dtype) - b  # wide, as everything here: products of large features overflow in float16
+        along = torch.zeros_like(difference)  # the direction in which the difference x - y is asked about
         along = along if into_x is None else along + into_x
         along = along if into_y is None else along - into_y
-        rows.append(2 * ((a - b) * along).flatten(1).sum(1, dtype=weight.dtype))
-        of_x.append((2 * row.view(-1, *[1] * (a.ndim - 1)) * along).to(a.dtype))
+        rows.append(2 * (difference * along).sum(tuple(range(1, a.ndim))))
+        of_x.append(_scaled(row, along, a.dtype))
     of_weight = torch.stack(rows)
     return (of_weight * slope).to(grad.dtype), of_weight * grad, of_x, [-g for g in of_x], None, None
 

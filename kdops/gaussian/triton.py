@@ -177,7 +177,7 @@ def gaussian_distance(
         tuple(firsts[:-1]),
         chunks,
         tuple(float(size if mean else 1) for size in sizes),
-        (0.0,) * len(x) if sigma is None else tuple(max(s**2, SMALLEST) for s in sigma),
+        (0.0,) * len(x) if sigma is None else tuple(max(s * s, SMALLEST) for s in sigma),
         distance,
         slope,
         rate,

@@ -15,6 +15,7 @@ from .brisque import paired_products
 __all__ = ["block_variance", "brisque_features", "edge_deviations", "mscn", "paired_products", "piqe"]
 
 MOST_TAPS = 31
+NARROWEST = 1e-3  # pixels: all weights but the middle one are 0, as of any smaller sigma, whose square would be 0
 
 
 def mscn(
@@ -72,7 +73,7 @@ def mscn(
         raise ValueError(f"{op}: sigma is {sigma} and c {c}, but they must be positive, or 0 for c, and finite.")
     (image,) = checks.for_distance(image)
     result: tuple[Tensor, Tensor] = dispatch.implementation(op, (image,), backend)(
-        image, window, sigma, c, padding == "replicate"
+        image, window, max(sigma, NARROWEST), c, padding == "replicate"
     )
     return result
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks
+from ..registration import accumulator
 from .borders import mirrored
 from .brisque import Mscn
 
@@ -36,6 +37,7 @@ def scores(image: Tensor, mscn: Mscn) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def blocks(maps: Tensor) -> Tensor:
     """(B, C, 16 h, 16 w) -> (B, C, h, w, 16, 16)."""
+    checks.maps("maps", maps)
     if maps.shape[-2] % BLOCK or maps.shape[-1] % BLOCK:
         raise ValueError(
             f"maps are {checks.describe(maps)}, but height and width must be multiples of {BLOCK}: crop or pad them."
@@ -47,7 +49,7 @@ def block_variance(normalised: Tensor) -> Tensor:
     """Unbiased variance of every 16 x 16 block: (B, C, 16 h, 16 w) -> (B, C, h, w), differentiable. Source: methods.md 5.2, step 2.
 
     A block is spatially active where it exceeds 0.1: `block_variance(x) > 0.1` is the activity mask, which has no gradient.
-    Raises ValueError for other sizes.
+    Raises ValueError for other sizes, TypeError for what is not floating point.
     """
     return blocks(normalised).var(dim=(-2, -1))
 
@@ -56,12 +58,15 @@ def edge_deviations(normalised: Tensor, *, tiny: float = TINY) -> Tensor:
     """Standard deviations along the borders of every 16 x 16 block: (B, C, 16 h, 16 w) -> (B, C, h, w, 4, 11), differentiable.
 
     sqrt(v + tiny), v the unbiased variance of each of the 11 segments of 6 pixels of the top, bottom, left and right border.
-    PIQE sees an artifact where one of them is below 0.1. Raises ValueError for other sizes. Source: methods.md 5.2, step 3.
+    PIQE sees an artifact where one of them is below 0.1. Raises as `block_variance`. Source: methods.md 5.2, step 3.
     """
     tiles = blocks(normalised)
     borders = torch.stack([tiles[..., 0, :], tiles[..., -1, :], tiles[..., 0], tiles[..., -1]], dim=-2)
     segments = borders.unfold(-1, SEGMENT, 1)  # (B, C, h, w, 4, 11, 6)
-    return (segments.var(dim=-1) + tiny).sqrt()
+    wide = segments.to(
+        accumulator(segments)
+    )  # in float16 `tiny` is 0, and so flat segments would have a gradient of 0 / 0
+    return (wide.var(dim=-1) + tiny).sqrt().to(segments.dtype)
 
 
 def _noisy(tiles: Tensor, deviation: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import checks
 from .borders import halved
 
 SHIFTS = ((0, 1), (1, 0), (1, 1), (-1, 1))  # horizontal, vertical and the two diagonals, over (H, W)
@@ -30,7 +31,9 @@ def paired_products(normalised: Tensor) -> Tensor:
     """Products of every pixel with its neighbours in four directions: (B, C, H, W) -> (B, 4 C, H, W), differentiable.
 
     P_s = x * roll(x, s) for s in (0, 1), (1, 0), (1, 1), (-1, 1) over (H, W); borders wrap around. Source: methods.md 5.1.
+    Raises ValueError for other axes, TypeError for what is not floating point.
     """
+    checks.maps("normalised", normalised)
     return torch.cat([normalised * normalised.roll(shift, dims=(-2, -1)) for shift in SHIFTS], dim=1)
 
 

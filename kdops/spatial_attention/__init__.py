@@ -46,7 +46,8 @@ def spatial_attention(
 
     Raises:
         TypeError: not floating-point tensors of one dtype, or a scale that is no number.
-        ValueError: shapes or devices that do not match, no channels or no positions, an unknown normalize or backend.
+        ValueError: shapes or devices that do not match, no channels or no positions, an unknown normalize or backend,
+            a scale that is not finite.
         RuntimeError: the requested backend cannot run.
         NotImplementedError: double backward, forward mode or torch.func on a kernel backend (the reference has them).
 
@@ -56,7 +57,7 @@ def spatial_attention(
     op = "spatial_attention"
     checks.tensors(op, query=query, key=key, value=value)
     checks.choice(op, "normalize", normalize, NORMALIZATIONS)
-    scale = None if scale is None else checks.number(op, "scale", scale)
+    scale = None if scale is None else checks.finite(op, "scale", scale)
     _check_shapes(op, query, key, value)
     shared = value is key
     query, key, value = checks.for_attention(query, key, value)

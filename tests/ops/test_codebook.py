@@ -236,6 +236,18 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert loss[0, -2].item() < 1e-20  # the entropy of a choice that is all but certain
 
 
+def test_captured_without_gradients_it_says_so_when_it_is_trained() -> None:
+    """The slopes of a network that needs no gradient are not kept, and an export keeps what was needed then."""
+    tensors = inputs((2, 3, 4), 5)
+    exported = torch.export.export(kdops.nn.CodebookCrossEntropy(), tuple(t.detach() for t in tensors)).module()
+    student, teacher, codebook = (t.detach() for t in tensors)
+    loss = exported(student.requires_grad_(), teacher, codebook)
+    with pytest.raises(
+        RuntimeError, match="student needs a gradient, but needed none where the op was called or captured"
+    ):
+        loss.backward()
+
+
 def test_module_is_the_function() -> None:
     tensors = inputs((2, 3, 4), 5)
     module = kdops.nn.CodebookCrossEntropy(temperature=2.0, reduction="none")

@@ -266,3 +266,26 @@ def test_squares_of_float16_do_not_overflow(backend: str) -> None:
     x, y = torch.full((1, 8), 300.0).half(), torch.zeros(1, 8).half()
     distance = kdops.gaussian_distance(x, y, sigma=1000.0, backend=backend)
     torch.testing.assert_close(distance.item(), -expm1(-0.045), rtol=1e-3, atol=0)
+
+
+@every_backend
+def test_products_of_float16_do_not_overflow_in_double_backward(backend: str) -> None:
+    """(x - y) times the direction that is asked about."""
+    x, y, v = (300 * drawn(2, 64, dtype=torch.float32, seed=seed).half() for seed in range(3))
+
+    def second(x: Tensor, y: Tensor, v: Tensor, backend: str) -> Tensor:
+        x = x.requires_grad_()
+        distance = kdops.gaussian_distance(x, y, sigma=200.0, reduction="sum", backend=backend)
+        (first,) = torch.autograd.grad(1000 * distance, x, create_graph=True)  # so that float16 has digits for it
+        return torch.autograd.grad(first, x, v)[0]
+
+    exact = second(x.double(), y.double(), v.double(), "reference")
+    torch.testing.assert_close(
+        second(x, y, v, backend).double(), exact, rtol=2e-3, atol=1e-3 * float(exact.abs().max())
+    )
+
+
+@every_backend
+def test_a_sigma_whose_square_is_beyond_float64(backend: str) -> None:
+    x, y = drawn(2, 3, dtype=torch.float32), drawn(2, 3, dtype=torch.float32, seed=1)
+    assert kdops.gaussian_distance(x, y, sigma=1e160, backend=backend) == 0

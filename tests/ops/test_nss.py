@@ -288,3 +288,30 @@ def test_maps_for_losses_have_gradients() -> None:
         assert torch.autograd.grad(maps(flat).sum(), flat)[0].isfinite().all()
     with pytest.raises(ValueError, match="multiples of 16"):
         nss.block_variance(normalised[..., :15])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_flat_block_has_a_gradient(dtype: torch.dtype) -> None:
+    """In float16 the 1e-8 beside a variance is 0."""
+    flat = torch.zeros(1, 1, 16, 16, dtype=dtype, requires_grad=True)
+    deviations = nss.edge_deviations(flat)
+    assert deviations.dtype == dtype
+    assert deviations[0, 0, 0, 0, 0, 0].item() == pytest.approx(1e-4, rel=4e-3)
+    assert not torch.autograd.grad(deviations.sum(), flat)[0].any()
+
+
+@pytest.mark.parametrize("maps", [nss.block_variance, nss.edge_deviations, nss.paired_products])
+def test_maps_for_losses_take_maps(maps: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"are \(1, 16, 16\) float32, but they must be \(B, C, H, W\)"):
+        maps(torch.ones(1, 16, 16))
+    with pytest.raises(TypeError, match="must be floating point"):
+        maps(torch.ones(1, 1, 16, 16, dtype=torch.uint8))
+
+
+@every_backend
+def test_a_narrow_window_is_one_pixel(backend: str) -> None:
+    """Also where the square of its sigma is 0."""
+    image = noise(1, 1, 9, 9).float()
+    normalised, std = kdops.mscn(image, sigma=1e-200, backend=backend)
+    assert not normalised.any()
+    torch.testing.assert_close(std, kdops.mscn(image, window=1, backend=backend)[1])
