@@ -34,7 +34,7 @@ def check(path: Path, overrides: Sequence[str] = ()) -> tuple[list[str], list[st
         for entry in config.data.val:
             found = val_problems(entry, config.scale, PROTOCOLS[config.val.protocol])
             problems += [f"data.val {entry.name}: {text}" for text in found]
-        problems += network_problems(config) + device_problems(config.train)
+        problems += network_problems(config, reading.problems) + device_problems(config.train)
         problems += events_problems() if config.train.tensorboard else []
         reading.notes += network_notes(config)
     return list(dict.fromkeys(problems)), reading.notes
@@ -49,7 +49,8 @@ def checked_config(path: Path, overrides: Sequence[str], say: Callable[[str], No
     reading = read_config(path, overrides)
     for note in reading.notes + (network_notes(reading.config) if reading.config else []):
         say(f"note: {note}")
-    problems = reading.problems + (network_problems(reading.config) if reading.config else [])
+    problems = list(reading.problems)
+    problems += network_problems(reading.config, problems) if reading.config else []
     if problems or reading.config is None:
         raise InputError(problems)
     return reading.config
@@ -71,8 +72,11 @@ def network_notes(config: Config) -> list[str]:
     return notes
 
 
-def network_problems(config: Config) -> list[str]:
-    """Weights that do not load, taps that name no module, whose sizes disagree, or of which the method can make nothing."""
+def network_problems(config: Config, known: Sequence[str]) -> list[str]:
+    """Weights that do not load, taps that name no module, whose sizes disagree, or of which the method can make nothing.
+
+    Networks are run only where nothing else is wrong, `known` included: they may not take the images of the config.
+    """
     problems, tapped = [], {}
     for role, network in roles(config).items():
         try:
@@ -87,7 +91,7 @@ def network_problems(config: Config) -> list[str]:
             tapped[role] = Tapped(built, paths)
     method, wrong = described_method(config)
     problems += wrong
-    if len(tapped) == 2 and not problems and method is not None:
+    if len(tapped) == 2 and not problems and not known and method is not None:
         problems += _tap_size_problems(tapped, method, config)
     return problems
 

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from trainers.errors import InputError
+from trainers.errors import InputError, OutOfMemory, out_of_memory
 from trainers.files import replace_file, sync_folder, write_synced
 
 Weights = Mapping[str, Tensor]
@@ -160,10 +160,18 @@ def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str,
 
     Raises:
         InputError: the directory holds no readable checkpoint.
+        OutOfMemory, PermissionError: it may well be intact.
     """
     try:
-        weights = {file.stem: safetensors.torch.load_file(file) for file in path.glob("*.safetensors")}
+        files = list(path.glob("*.safetensors"))
+        for file in (*files, path / "state.pt"):
+            file.open("rb").close()  # safetensors says of a file that may not be read that there is none
+        weights = {file.stem: safetensors.torch.load_file(file) for file in files}
         state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # the readers raise many types for a broken file
+        if out_of_memory(error):
+            raise OutOfMemory(f"out of memory while {path} was read: free some, and try again") from None
         raise InputError(f"{path}: cannot be read as a checkpoint: {error}") from None
     return weights, state

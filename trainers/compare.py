@@ -39,7 +39,7 @@ def compare(run_dirs: Sequence[Path], out: Path, refused: Mapping[str, str] = Ma
             validation set.
     """
     _refuse_run_folder(out)
-    folders = list(dict.fromkeys(Path(folder) for folder in run_dirs))
+    folders = list({Path(folder).resolve(): Path(folder) for folder in run_dirs}.values())
     _refuse_too_few(folders)
     runs = [load_run(folder) for folder in folders]
     refuse_unlike(runs)
@@ -145,7 +145,8 @@ def _seeded(config: Config, method: str, seed: int, out: Path) -> Config:
 
 
 def _train_if_missing(config: Config, console: Console) -> None:
-    from trainers.launch import resume, train
+    from trainers.launch import restart, resume, train
+    from trainers.run_folder import RunFolder
 
     folder = Path(config.out) / config.name
     if not (folder / "config.yaml").is_file():
@@ -155,6 +156,9 @@ def _train_if_missing(config: Config, console: Console) -> None:
     _refuse_other_config(folder, config)
     if (folder / "result.json").is_file():
         console.print(f"{config.name} is done: {folder}")
+    elif RunFolder(folder).checkpoints(keep=1).last() is None:
+        console.print(f"training {config.name} from the start: it ended before its first checkpoint")
+        restart(folder, console)
     else:
         console.print(f"resuming {config.name}")
         resume(folder, console=console)

@@ -40,7 +40,7 @@ class TrainFolders(ImageFolders):
 class ValSet(ImageFolders):
     """A set of images to validate on."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")
     """Name of the set in the report."""
     gt: PathText
     """Folder of ground-truth images, or photos for the held-out embedded photographs."""
@@ -153,7 +153,7 @@ class Train(Section):
     """Machines, each with as many devices; more than one is started by torchrun or SLURM on each."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """How several devices share the work: ddp, each holds the whole student; fsdp, each holds a part of its weights and moments."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the student's initialisation and of the data."""
     teacher_cache: TeacherCacheOptions | None = None
     """Keeps the teacher's answers for other runs with the same seed and data; null computes them in every run."""

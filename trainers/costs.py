@@ -45,4 +45,7 @@ def read_costs(folder: Path) -> dict[str, Measured]:
     path = folder / FILE
     if not path.is_file():
         return {}
-    return {label: measured_from(plain) for label, plain in json.loads(path.read_text()).items()}
+    try:
+        return {label: measured_from(plain) for label, plain in json.loads(path.read_text()).items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}): remove it, and its costs are measured again") from None

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -53,37 +54,42 @@ def export(path: Path, out: Path, *, onnx: bool, size: tuple[int, int]) -> list[
     Raises:
         InputError: no weights there, `out` holds an export already, onnx is not installed, or ONNX Runtime gives another image.
     """
+    if onnx:
+        _need_onnx()
     source = open_source(path)
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty: remove it or choose another folder with --out")
-    core = source.network.network
     out.mkdir(parents=True, exist_ok=True)
-    files = [out / "model.safetensors"]
-    weights = {key: value.contiguous() for key, value in core.state_dict().items()}
-    replace_file(files[0], safetensors.torch.save(weights, metadata=note(source.entry, source.options)))
-    differences: dict[str, float] = {}
-    if onnx:
-        files.append(out / "model.onnx")
-        differences = write_onnx(source, files[-1])
-    files.append(out / "README.md")
-    replace_file(files[-1], card(source, path, measure(source, size), differences).encode())
+    files = [out / "model.safetensors", *([out / "model.onnx"] if onnx else []), out / "README.md"]
+    try:
+        weights = {key: value.contiguous() for key, value in source.network.network.state_dict().items()}
+        replace_file(files[0], safetensors.torch.save(weights, metadata=note(source.entry, source.options)))
+        differences = write_onnx(source, files[1]) if onnx else {}
+        replace_file(files[-1], card(source, path, measure(source, size), differences).encode())
+    except BaseException:  # half an export would be in the way of the next
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
     return files
 
 
 # --- ONNX ------------------------------------------------------------------------------------------------------------------------
 
 
+def _need_onnx() -> None:
+    for package in ("onnxruntime", "onnxscript"):  # torch.onnx needs the second
+        if find_spec(package) is None:
+            raise InputError(f"--onnx needs {package}: pip install 'kdops[onnx]'")
+
+
 def write_onnx(source: Source, path: Path) -> dict[str, float]:
     """The network with free batch, height and width; "HxW" -> largest difference between ONNX Runtime and torch.
 
     Raises:
-        InputError: a package is missing, or the images differ.
+        InputError: the images differ.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch.onnx needs it)
-    except ImportError as error:
-        raise InputError(f"--onnx needs {error.name}: pip install 'kdops[onnx]'") from None
+    import onnxruntime
+
     network, unit = source.network.network.cpu().eval(), source.network.multiple_of
     # Two samples: torch.export takes a size of 1 for a constant.
     example = _image(source, *(_fitting(side, unit) for side in SIZES[0])).expand(2, -1, -1, -1).contiguous()
@@ -113,7 +119,7 @@ def write_onnx(source: Source, path: Path) -> dict[str, float]:
         name = f"{image.shape[2]}x{image.shape[3]}"
         if not found <= TOLERANCE:
             raise InputError(
-                f"{path}: ONNX Runtime differs from torch by {found:.1e} at {name}, above {TOLERANCE:.0e}; do not use it"
+                f"{path}: ONNX Runtime differs from torch by {found:.1e} at {name}, above {TOLERANCE:.0e}; it is not kept"
             )
         differences[name] = found
     return differences

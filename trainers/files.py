@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -22,7 +23,8 @@ def replace_file(path: Path, content: bytes) -> None:
         write_synced(unfinished, content)
         os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         if error.errno is not None:  # the system's: its text is made of these
             error.filename = str(path)  # the one that the caller knows
         raise

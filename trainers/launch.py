@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trainers import methods, networks
 from trainers.architectures import Network
+from trainers.checkpoint import step_of
 from trainers.config import Config, Train, stages
 from trainers.config_file import changes, load_config
 from trainers.data.sets import TrainSet, open_train_set
@@ -56,13 +57,49 @@ def resume(path: Path, overrides: Sequence[str] = (), console: Console | None = 
     if not (path / "config.yaml").is_file():
         raise InputError(f"{path} is no run folder: it has no config.yaml; start one with kdtrain train")
     before, config = load_config(path / "config.yaml"), load_config(path / "config.yaml", overrides)
-    for change in changes(before, config):
+    changed = changes(before, config)
+    _refuse_changes(path, before, config, changed)
+    for change in changed:
         console.print(f"changed: {change}", markup=False, highlight=False, soft_wrap=True)
     with sigterm_interrupts():
-        return _run(config, lambda: RunFolder.open(path), console, resuming=True)
+        return _run(config, lambda: RunFolder.open(path), console, resuming=True, judged_anew=bool(changed))
 
 
-def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console, *, resuming: bool) -> Path:
+def _refuse_changes(path: Path, before: Config, config: Config, changed: Sequence[str]) -> None:
+    """Those that would change nothing but what the run says of itself."""
+    if (before.out, before.name) != (config.out, config.name):
+        raise InputError(
+            f"name and out: {path} keeps its name and place: leave them out, and move the folder if you want"
+        )
+    last = RunFolder(path).checkpoints(keep=1).last()
+    if last is not None and step_of(last) >= config.train.steps:
+        late = [change for change in changed if not change.startswith(("val.", "data.val", "train.steps"))]
+        if late:
+            raise InputError(
+                f"{path} is done at step {step_of(last)}, and this would change nothing of it: {'; '.join(late)}. Raise train.steps "
+                "too, or start a new run"
+            )
+
+
+def restart(path: Path, console: Console) -> Path:
+    """Trains the run in a folder from the start, which has no checkpoint.
+
+    Raises:
+        InputError, Diverged, Interrupted, SaveFailed: see their docstrings.
+    """
+
+    def emptied() -> RunFolder:
+        folder = RunFolder.open(path)
+        folder.cut_metrics(-1)
+        return folder
+
+    with sigterm_interrupts():
+        return _run(load_config(path / "config.yaml"), emptied, console, resuming=False)
+
+
+def _run(
+    config: Config, open_folder: Callable[[], RunFolder], console: Console, *, resuming: bool, judged_anew: bool = False
+) -> Path:
     fabric = make_fabric(config.train)
     alone = machine_problems(fabric, config.train.nodes)
     if alone:
@@ -91,8 +128,9 @@ def _run(config: Config, open_folder: Callable[[], RunFolder], console: Console,
             # Not before all of the config has been used: a start that fails leaves no run behind.
             if config.train.tensorboard:
                 folder.events = Events(folder.path / "events", loop.position.step)
-            folder.describe(config)
-            if loop.position.step < config.train.steps:
+            with folder.telling_how_to_go_on():
+                folder.describe(config)
+            if loop.position.step < config.train.steps or judged_anew:
                 folder.set_result_aside()
         shown = TrainingProgress(console, loop.position.step, config.train.steps, shown=fabric.is_global_zero)
         with folder.telling_how_to_go_on():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Generator, Sequence
@@ -22,6 +23,7 @@ from trainers.data.loader import batches
 from trainers.data.sets import TrainSet
 from trainers.ema import EMA
 from trainers.errors import Diverged, ImageLost, InputError, out_of_memory
+from trainers.files import replace_file
 from trainers.loss_weights import LossWeights, gradient_norms, weighted_sum
 from trainers.micro_batches import MicroBatches, stage_at
 from trainers.networks import any_size
@@ -279,16 +281,24 @@ class Loop:
         step = self.position.step - len(losses) + 1 + first
         named = dict(zip(self.train_step.method.losses, values[first].tolist(), strict=True))
         term = next(name for name, good in zip(named, finite[first].tolist(), strict=True) if not good)
-        batch_file = self.folder.path / f"diverged-step-{step:06d}.pt"
-        if self.fabric.is_global_zero:
-            # A batch is a function of (seed, step), so it need not be kept around: it is made again.
-            index, stage = stage_at(self.stages, step - 1)
-            lq, gt = self.train_sets[index].samples(self.config.train.seed, step - 1, range(stage.data.batch))
-            torch.save({"step": step, "losses": named, "lq": lq, "gt": gt}, batch_file)
+        kept = self._keep_batch(step, named) if self.fabric.is_global_zero else ""
         raise Diverged(
-            f"the loss term {term} became {named[term]} in step {step}; its batch is in {batch_file}. "
+            f"the loss term {term} became {named[term]} in step {step}; {kept}. "
             "Lower train.lr, set train.clip, or give the term a smaller weight or a ramp, with --set"
         )
+
+    def _keep_batch(self, step: int, losses: dict[str, float]) -> str:
+        """Writes the batch of a step that diverged; where it is, or why not."""
+        path, content = self.folder.path / f"diverged-step-{step:06d}.pt", io.BytesIO()
+        # A batch is a function of (seed, step), so it need not be kept around: it is made again.
+        index, stage = stage_at(self.stages, step - 1)
+        lq, gt = self.train_sets[index].samples(self.config.train.seed, step - 1, range(stage.data.batch))
+        torch.save({"step": step, "losses": losses, "lq": lq, "gt": gt}, content)
+        try:
+            replace_file(path, content.getvalue())
+        except OSError as error:
+            return f"its batch could not be written ({error})"
+        return f"its batch is in {path}"
 
     def save(self, *, best: bool = False) -> None:
         """A checkpoint of everything that the next step depends on, written by the first rank.
@@ -358,6 +368,8 @@ class Loop:
                 average.load_state_dict(scattered(weights.get("ema", weights["student"]), average))
             self.optimizer.load_state_dict(scattered_optimizer(state["optimizer"], self.optimizer))
         except (RuntimeError, KeyError, ValueError) as error:
+            if out_of_memory(error):
+                raise
             raise InputError(f"{path} does not fit the config: {error}; undo the change, or start a new run") from None
         self.weights.load(state["loss_weights"])
         self.position = Position(state["step"], state["seconds"], state["best"])

@@ -100,14 +100,14 @@ def _whose(state_dict: Mapping[str, Tensor]) -> str:
 
 
 def network_of_weights(
-    state_dict: Mapping[str, Tensor], known: tuple[ModelEntry[Any], Any] | None = None
+    state_dict: Mapping[str, Tensor], known: tuple[ModelEntry[Any], Any] | None = None, source: str = ""
 ) -> tuple[ModelEntry[Any], Any, nn.Module]:
     """(registry entry, options, network with these weights), recognised by keys and shapes where it is not known.
 
     Raises:
         InputError: no network of ours has such a state dict.
     """
-    entry, options = known or recognise(state_dict)
+    entry, options = known or recognise(state_dict, source)
     network = entry.build(options)
     try:
         network.load_state_dict(state_dict)

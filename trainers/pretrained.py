@@ -96,8 +96,11 @@ def noted(source: str) -> tuple[ModelEntry[Any], Any] | None:
     path = weights_path(source).resolve()
     if path.suffix != ".safetensors":
         return None
-    with safe_open(path, "pt") as file:
-        found, where = file.metadata() or {}, path
+    try:
+        with safe_open(path, "pt") as file:
+            found, where = file.metadata() or {}, path
+    except Exception:  # many types for a broken file: `read_weights` says what is wrong with it
+        return None
     if not {"arch", "options"} <= found.keys():
         found, where = _run_student(path), path.parent.parent.parent / "config.yaml"
     entry = MODELS.get(found.get("arch", ""))

@@ -11,6 +11,7 @@ from typing import Any
 
 from trainers import crops, page
 from trainers.charts import Level, Series, line_chart, styled
+from trainers.files import replace_file
 from trainers.models import find
 from trainers.results import Arm, Run, difference, flat, load_run
 from trainers.tasks import TASKS
@@ -27,9 +28,7 @@ def write_report(run_dir: Path) -> Path:
     run = load_run(Path(run_dir))
     path = run.folder / "report.html"
     sections = body([Arm(run.method, (run,))])
-    path.write_text(
-        page.page(run.result["name"], _kicker(run), headline(run), remarks(run), sections), encoding="utf-8"
-    )
+    replace_file(path, page.page(run.result["name"], _kicker(run), headline(run), remarks(run), sections).encode())
     return path
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from itertools import takewhile
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import IO, Any
 
@@ -91,10 +91,13 @@ class RunFolder:
             file.write(shlex.join(sys.argv) + "\n")
 
     def set_result_aside(self) -> None:
-        """Renames result.json to result-<steps>.json: training goes on, and its scores are not those of the weights to come."""
+        """Renames result.json to result-<steps>.json, or result-<steps>-2.json ...: its scores are not those of what is to come."""
         path = self.path / "result.json"
         if path.is_file():
-            path.rename(path.with_name(f"result-{json.loads(path.read_text())['steps']}.json"))
+            name = f"result-{json.loads(path.read_text())['steps']}"
+            others = (f"{name}-{number}" for number in count(2))
+            aside = next(name for name in chain([name], others) if not (self.path / f"{name}.json").exists())
+            path.rename(path.with_name(f"{aside}.json"))
 
     def cut_metrics(self, step: int) -> None:
         """Drops the lines of metrics.jsonl after `step`: what happened after the checkpoint will happen again.
@@ -139,7 +142,10 @@ class RunFolder:
                     self.path.rmdir()
         for file in (self._metrics, self._lock):
             if file is not None:
-                file.close()
+                with suppress(
+                    OSError
+                ):  # a full disk: `log` has said it, and what it could not write would be written now
+                    file.close()
         self._metrics = self._lock = None
 
     def _acquire(self) -> None:

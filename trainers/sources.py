@@ -75,6 +75,6 @@ def open_source(path: Path) -> Source:
         if last is None:
             raise InputError(f"{path} has no checkpoint yet")
         weights = last
-    entry, options, network = network_of_weights(read_weights(str(weights)), noted(str(weights)))
+    entry, options, network = network_of_weights(read_weights(str(weights)), noted(str(weights)), str(weights))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Source(weights, entry, options, AnySize(network, entry, options).eval().to(device), config)

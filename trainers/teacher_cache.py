@@ -12,6 +12,7 @@ import inspect
 import io
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,15 @@ class TeacherCache:
         if self.size + len(body) * self.writers > self.limit:
             self.refused += 1
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             # Not synced: what a crash leaves is detected by the checksum and made again.
             unfinished.write_bytes(hashlib.blake2b(body, digest_size=DIGEST).digest() + body)
             os.replace(unfinished, path)
         except OSError:  # a full disk ends no run for the sake of a cache
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
             self.refused += 1
             return
         self.size += len(body) * self.writers

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from tests.trainers.tiny import tiny, write_yaml
 from trainers.check import check
 from trainers.cli import main
+from trainers.models import find
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,6 +26,43 @@ def same_size(folder: Path, method: dict[str, Any]) -> Path:
     network = {"arch": "nafnet", "width": 4, "middle_blocks": 1}
     tree = tiny(folder) | {"task": "denoise", "method": method, "student": network}
     return write_yaml(folder, tree | {"teacher": network | {"weights": "nafnet.safetensors"}})
+
+
+@pytest.mark.parametrize("content", [b"", b"words", b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_weights_that_are_damaged(tmp_path: Path, role: str, content: bytes) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(content)
+    problems = check(write_yaml(tmp_path, tiny(tmp_path, "output")), [f"{role}.weights=broken.safetensors"])[0]
+    assert len(problems) == 1
+    assert problems[0].startswith(f"{role}.weights: {tmp_path}/broken.safetensors: cannot be read as weights")
+
+
+def test_a_grey_teacher_of_colour(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its size is not asked about with images that it does not take."""
+    entry = find("dncnn")
+    save_file(entry.build(entry.options(image_channels=1)).state_dict(), tmp_path / "grey.safetensors")
+    student = {"arch": "nafnet", "width": 4, "middle_blocks": 1}
+    tree = tiny(tmp_path, "output") | {
+        "task": "denoise",
+        "student": student,
+        "teacher": {"weights": "grey.safetensors"},
+    }
+    config = write_yaml(tmp_path, tree)
+    [problem] = check(config)[0]
+    assert "data.grey: the teacher sees grey images" in problem
+    assert main(["train", str(config)]) == 2
+    assert "the teacher sees grey images" in capsys.readouterr().err
+
+
+def test_an_exclude_that_leaves_nothing(tmp_path: Path) -> None:
+    config = write_yaml(tmp_path, tiny(tmp_path))
+    [problem] = check(config, ["data.train={gt: train, exclude: [image0, image1, image2]}"])[0]
+    assert "exclude: leaves no image of" in problem
+
+
+def test_a_seed_beyond_64_bits(tmp_path: Path) -> None:
+    [problem] = check(write_yaml(tmp_path, tiny(tmp_path)), [f"train.seed={10**20}"])[0]
+    assert "train.seed" in problem
 
 
 def test_weights_of_teacher_b(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import resource
@@ -169,6 +170,24 @@ def test_a_broken_checkpoint_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "step-000001" / "state.pt").write_bytes(b"no state")
     with pytest.raises(InputError, match="cannot be read as a checkpoint"):
         read_checkpoint(tmp_path / "step-000001")
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root reads everything, so the refusal is made up."""
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save(checkpoints, 1)
+    opened = Path.open
+
+    def forbidden(self: Path, *arguments: object, **more: object) -> object:
+        if self.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opened(self, *arguments, **more)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    with pytest.raises(PermissionError):
+        checkpoints.read_last()
 
 
 def test_a_damaged_checkpoint_says_from_which_to_go_on(tmp_path: Path) -> None:

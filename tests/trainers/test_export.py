@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from tests.trainers.test_networks import SMALL
 from tests.trainers.tiny import write_tiny
+from trainers import export
 from trainers.cli import main
 from trainers.config_file import load_config
 from trainers.launch import train
@@ -50,6 +51,20 @@ def test_the_card_repeats_the_result(run: Path, tmp_path: Path) -> None:
     assert f"{result['protocol']}: " not in card  # once, and not in its text again
     assert "one 16 x 24 input" in card
     assert f"| {result['student']['params']:,} |" in card
+
+
+def test_an_export_that_fails_leaves_nothing_in_the_way(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as failing:
+        failing.setattr(export, "find_spec", lambda name: None)
+        assert main(["export", str(run), "-o", str(out), "--onnx"]) == 2
+        assert "--onnx needs onnxruntime" in capsys.readouterr().err
+        failing.setattr(export, "measure", lambda *_: (_ for _ in ()).throw(MemoryError))
+        assert main(["export", str(run), "-o", str(out)]) == 3
+    assert list(out.iterdir()) == []
+    assert main(["export", str(run), "-o", str(out), "--size", "16x24"]) == 0
 
 
 def test_an_export_is_never_overwritten(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

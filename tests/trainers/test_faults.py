@@ -5,6 +5,7 @@ Faults at chosen places are in test_resume.py (kill -9 and signals in a step) an
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import random
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 from tests.trainers.tiny import assert_same_state, last_state, metrics, tiny, write_tiny, write_yaml
-from trainers import cli
+from trainers import cli, loop
 from trainers.checkpoint import Checkpoints
 from trainers.cli import main
 from trainers.data.images import write_png
@@ -340,6 +341,20 @@ def test_a_nan_in_a_batch_stops_before_it_is_saved(
     monkeypatch.undo()
     assert main(["resume", str(run)]) == 0
     assert_same_state(last_state(tmp_path / "runs" / "output"), last_state(run))
+
+
+def test_a_divergence_on_a_full_disk_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(loop, "replace_file", full)
+    config = write_tiny(tmp_path, steps=4)
+    assert main(["train", str(config), "--set", "train.lr=1.0e+30", "--set", "train.lr_min=1.0e+30"]) == 4
+    said = capsys.readouterr().err
+    assert "loss term pixel became" in said
+    assert "its batch could not be written" in said
 
 
 WAITING = """

@@ -50,6 +50,19 @@ def test_restore_writes_what_the_network_makes(tmp_path: Path) -> None:
         assert torch.equal(read_image(tmp_path / "out" / f"image{index}.png"), expected)
 
 
+def test_every_picture_that_cannot_be_restored_is_said_before_the_first_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, given = weights(tmp_path, scale=2), write_images(tmp_path / "in", 3)
+    for name in ("image1", "image2"):
+        (given / f"{name}.png").write_bytes(b"no picture")
+    assert main(["restore", str(given), str(tmp_path / "out"), "--weights", str(source)]) == 2
+    said = capsys.readouterr().err
+    assert "image1.png" in said
+    assert "image2.png" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_restore_one_picture_to_a_file_or_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, given = weights(tmp_path, scale=2), write_images(tmp_path / "in", 1) / "image0.png"
     for out, written in (("new/picture.PNG", "new/picture.PNG"), ("folder", "folder/image0.png")):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.trainers.test_loop import assert_same_training
 from tests.trainers.tiny import assert_same_state, last_state, metrics, tiny, write_images, write_tiny, write_yaml
@@ -198,9 +199,58 @@ def test_resume_with_another_term_between_two_lines(tmp_path: Path) -> None:
 def test_resume_refuses_another_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_tiny(tmp_path)
     assert main(["train", str(config)]) == 0
-    assert main(["resume", str(tmp_path / "runs" / "scratch"), "--set", "student.features=5"]) == 2
+    changed = ["--set", "student.features=5", "--set", "train.steps=6"]
+    assert main(["resume", str(tmp_path / "runs" / "scratch"), *changed]) == 2
     assert "does not fit" in capsys.readouterr().err
     assert "features: 4" in (tmp_path / "runs" / "scratch" / "config.yaml").read_text()
+
+
+def test_a_run_without_a_checkpoint_is_trained_from_the_start(tmp_path: Path) -> None:
+    """As if nothing had been: with the metrics of the new steps alone."""
+    config = write_tiny(tmp_path, steps=40, save_every=20, log_every=3)
+    assert main(["train", str(config)]) == 0
+    killed = run_killed(7, "SIGKILL", "train", str(config), "--set", "name=killed")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run = tmp_path / "runs" / "killed"
+    assert metrics(run)[-1]["step"] == 6
+    launch.restart(run, Console(quiet=True))
+    assert_same_state(last_state(tmp_path / "runs" / "scratch"), last_state(run))
+    assert [line["step"] for line in metrics(run)] == [line["step"] for line in metrics(tmp_path / "runs" / "scratch")]
+
+
+def test_a_finished_run_is_not_called_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No step is left in which another method could train it; other validations keep the scores before."""
+    assert main(["train", str(write_tiny(tmp_path))]) == 0
+    run = tmp_path / "runs" / "scratch"
+    first = (run / "result.json").read_bytes()
+    for changed, said in (("train.lr=1.0e-4", "is done at step 4"), ("name=other", "keeps its name and place")):
+        assert main(["resume", str(run), "--set", changed]) == 2
+        assert said in capsys.readouterr().err
+    assert (run / "result.json").read_bytes() == first
+    for images, aside in enumerate(("result-4.json", "result-4-2.json"), 2):
+        before = (run / "result.json").read_bytes()
+        assert main(["resume", str(run), "--set", f"val.save_images={images}"]) == 0
+        assert (run / aside).read_bytes() == before
+
+
+def test_short_memory_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No advice to remove what may well be intact."""
+    assert main(["train", str(write_tiny(tmp_path))]) == 0
+    run = tmp_path / "runs" / "scratch"
+
+    def short(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 68511172 bytes from file: Cannot allocate memory (12)")
+
+    for where in ("safetensors.torch.load_file", "torch.nn.Module.load_state_dict"):
+        with monkeypatch.context() as running_short:
+            running_short.setattr(where, short)
+            assert main(["resume", str(run)]) == 3
+            said = capsys.readouterr().err
+            assert "out of memory" in said
+            assert "remove" not in said
+    assert main(["resume", str(run)]) == 0
 
 
 def test_an_existing_run_is_refused_with_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

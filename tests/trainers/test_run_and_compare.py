@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from tests.trainers.test_compare import result
 from trainers import launch, plan
+from trainers.checkpoint import Checkpoints
 from trainers.compare import applicable, compare, run_and_compare
 from trainers.config import Config
 from trainers.config_file import dump_config
@@ -76,10 +78,15 @@ def launched(monkeypatch: pytest.MonkeyPatch, fake_run) -> list[str]:
         if len(started) != 2:
             finish(config)
         else:
+            Checkpoints(folder / "checkpoints", keep=1).save(1, {"student": {}}, {}, best=False)
             raise KeyboardInterrupt
 
     def resume(folder: Path, overrides: object = (), console: object = None) -> None:
         started.append(f"resume {folder.name}")
+        finish(launch.load_config(folder / "config.yaml"))
+
+    def restart(folder: Path, console: object) -> None:
+        started.append(f"restart {folder.name}")
         finish(launch.load_config(folder / "config.yaml"))
 
     def measure(config: Config, point: object) -> Measured:
@@ -88,6 +95,7 @@ def launched(monkeypatch: pytest.MonkeyPatch, fake_run) -> list[str]:
 
     monkeypatch.setattr(launch, "train", train)
     monkeypatch.setattr(launch, "resume", resume)
+    monkeypatch.setattr(launch, "restart", restart)
     monkeypatch.setattr(plan, "measure_in_child", measure)
     return started
 
@@ -116,6 +124,16 @@ def test_absent_runs_are_trained_unfinished_resumed_finished_kept(launched, conf
     assert len(launched) == 5
     run_and_compare(config_file, ["output"], out, overrides, seeds=[0, 1])
     assert launched[5:] == ["train scratch-seed1", "train output-seed1"]
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_trained_from_the_start(
+    launched, config_file: Path, tmp_path: Path
+) -> None:
+    overrides, out = teacher_weights(config_file), tmp_path / "out"
+    interrupted(launched, config_file, out, overrides)
+    shutil.rmtree(out / "output-seed0" / "checkpoints")
+    run_and_compare(config_file, ["output"], out, overrides)
+    assert launched[2:] == ["restart output-seed0", "measure scratch", "measure output"]
 
 
 def test_folder_of_another_config_is_refused(launched, config_file: Path, tmp_path: Path) -> None:

@@ -138,6 +138,13 @@ def test_the_estimate_counts_the_steps_of_each_stage(tmp_path: Path) -> None:
     assert loop.train_step.training  # again, after what was tried
 
 
+def test_a_folder_that_takes_nothing_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "teacher").write_text("where a folder is needed")
+    cache = TeacherCache(tmp_path, limit=2**20)
+    cache.write("teacher/ab", (torch.zeros(1, 3, 4, 4), {}))
+    assert cache.refused == 1
+
+
 def test_several_writers_share_the_limit(tmp_path: Path) -> None:
     answer = (torch.zeros(1, 3, 16, 16), {"tap": torch.ones(1, 4, 8, 8)})
     cache = TeacherCache(tmp_path / "one", limit=2**20)

@@ -45,6 +45,8 @@ def match_folders(
         for name in exclude
         if name not in ground_truths and ground_truths
     ]
+    if ground_truths and ground_truths.keys() <= set(exclude):
+        problems.append(f"exclude: leaves no image of {gt}; remove names from the list, or the folder")
     if lq is None:
         return [PairFiles(name, path, None) for name, path in ground_truths.items() if name not in exclude], problems
     inputs, input_problems = list_images(lq)
