@@ -207,8 +207,10 @@ def parser() -> argparse.ArgumentParser:
         _data_check,
     )
     data_check.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="folder; all below it is looked at too")
-    data_check.add_argument("--patch", type=int, default=96, help="least side of a ground truth (default: 96)")
-    data_check.add_argument("--scale", type=int, help="upsampling factor (default: what most pairs of a folder have)")
+    data_check.add_argument("--patch", type=_positive, default=96, help="least side of a ground truth (default: 96)")
+    data_check.add_argument(
+        "--scale", type=_positive, help="upsampling factor (default: what most pairs of a folder have)"
+    )
 
     _command(commands, "doctor", "show what this machine has and which backends run", _doctor)
     return top
@@ -242,6 +244,12 @@ def _inference_arguments(command: argparse.ArgumentParser, whole: str) -> None:
         "--ensemble", action="store_true", help="average over the eight orientations: 8 times the work"
     )
     command.set_defaults(less_memory="restore in smaller tiles: --tile 256, or less")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
 
 
 def _seeds(text: str) -> list[int]:
@@ -356,6 +364,10 @@ def _compare(options: argparse.Namespace) -> int:
 
     if bool(options.run_folders) == bool(options.recipe) or bool(options.recipe) != bool(options.methods):
         raise InputError("give either run folders, or --recipe and --methods")
+    if options.run_folders and (options.seeds or options.set):
+        raise InputError(
+            "--seeds and --set are for runs that are trained with --recipe: leave them out beside run folders"
+        )
     if options.recipe:
         console = plain_console(stderr=True, quiet=not _is_first_process())
         recipe = _recipe(options.recipe)

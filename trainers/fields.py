@@ -52,9 +52,10 @@ def parse_bytes(text: str) -> int:
         InputError: not a size.
     """
     found = re.fullmatch(r"\s*((?:\d+\.?\d*|\.\d+)(?:e\d{1,2})?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
-    if found is None:
+    size = 0 if found is None else int(float(found[1]) * UNITS[found[2].upper()])
+    if size < 1:
         raise InputError(f"{text}: give a size such as 8GiB or 512MiB")
-    return int(float(found[1]) * UNITS[found[2].upper()])
+    return size
 
 
 def _is_size(value: str) -> str:

@@ -166,7 +166,12 @@ def given_sets(wanted: Wanted) -> dict[str, ValSet]:
     places = [place if equals else text for text, equals, place in given]
     absent = [place for place in places if place != PHOTOS and not Path(place).exists()]
     if absent:
-        raise InputError([f"--data {place}: there is no folder or image {place}" for place in absent])
+        hint = (
+            " (what stands before = is the set's name: give name=path where a path has one)"
+            if any(e for _, e, _ in given)
+            else ""
+        )
+        raise InputError([f"--data {place}: there is no folder or image {place}{hint}" for place in absent])
     paths = [Path(place).resolve() for place in places]
     names = [
         name if equals else shortest_end(path, paths) for (name, equals, _), path in zip(given, paths, strict=True)

@@ -153,6 +153,12 @@ def test_eval_of_a_run_a_checkpoint_and_weights(tmp_path: Path, capsys: pytest.C
         (["eval", "other.pth"], "fit none of our networks"),
         (["compare", "absent", "also-absent"], "no run folder"),
         (["compare"], "give either run folders, or --recipe and --methods"),
+        (
+            ["compare", "runs/a", "runs/b", "--seeds", "1"],
+            "--seeds and --set are for runs that are trained with --recipe",
+        ),
+        (["compare", "runs/a", "runs/b", "--set", "train.lr=3"], "leave them out beside run folders"),
+        (["eval", "weights.pth", "--data", "a=b"], "what stands before = is the set's name"),
         (["compare", "--recipe", "demo"], "give either run folders, or --recipe and --methods"),
         (["train", "absent.yaml"], "cannot be read"),
         (["resume", "absent"], "no run folder"),

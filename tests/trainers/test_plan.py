@@ -287,6 +287,8 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size_or_patch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(InputError, match="give a size such as 8GiB"):
         parse_bytes("lots")
+    with pytest.raises(InputError, match="0: give a size"):
+        parse_bytes("0")
     for text in ("1.2.3GiB", ".", "1e999"):
         with pytest.raises(InputError, match="give a size such as 8GiB"):
             parse_bytes(text)
