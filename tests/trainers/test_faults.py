@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.trainers.tiny import assert_same_state, last_state, metrics, tiny, write_tiny, write_yaml
 from trainers import cli, loop
@@ -262,8 +263,10 @@ def test_a_bad_validation_image_is_found_before_training(tmp_path: Path, capsys:
     config = write_tiny(tmp_path)
     write_png(tmp_path / "val" / "small.png", torch.zeros(3, 12, 12))
     (tmp_path / "val" / "text.png").write_text("no image")
+    Image.new("CMYK", (48, 40)).save(tmp_path / "val" / "print.jpg")
     assert main(["train", str(config)]) == 2
     said = capsys.readouterr().err
+    assert "print.jpg: mode CMYK is not supported" in said
     assert "small.png: 12x12 is smaller than 16x16, the least that protocol sr-y measures" in said
     assert "text.png: cannot be read as an image" in said
     assert not (tmp_path / "runs" / "scratch" / "metrics.jsonl").exists()

@@ -64,9 +64,13 @@ def sixteen_bits(path: Path, image: Image.Image) -> npt.NDArray[np.uint16]:
 
 
 def stored_size(path: Path) -> tuple[int, int]:
-    """(height, width) from the file's header. An EXIF rotation may swap them: finding it would mean decoding a PNG."""
+    """(height, width) from the file's header. An EXIF rotation may swap them: finding it would mean decoding a PNG.
+
+    InputError for what the header tells that cannot be read.
+    """
     try:
         with Image.open(path) as image:
+            refuse_mode(path, image)
             return image.height, image.width
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
@@ -76,14 +80,21 @@ def stored_size(path: Path) -> tuple[int, int]:
 
 def refuse_lossy(path: Path, image: Image.Image) -> None:
     """InputError if turning this open image into RGB would lose something."""
-    deep = bits_per_channel(path, image) > 8
-    if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA") and not (deep and image.format == "PNG"):
-        kind = f"16 bits a channel in {image.format}" if deep else f"mode {image.mode}"
-        raise InputError(f"{path}: {kind} is not supported; convert it to RGB or grey, PNG")
+    refuse_mode(path, image)
     if getattr(image, "n_frames", 1) > 1:
         raise InputError(f"{path}: holds several frames or pages; split it into single images")
     if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
         raise InputError(f"{path}: has transparent pixels; flatten it to RGB")
+
+
+def refuse_mode(path: Path, image: Image.Image) -> None:
+    """InputError for colours other than RGB and for depths that are not read, of which the header tells."""
+    if image.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+        return
+    deep = bits_per_channel(path, image) > 8
+    if not (deep and image.format == "PNG"):
+        kind = f"16 bits a channel in {image.format}" if deep else f"mode {image.mode}"
+        raise InputError(f"{path}: {kind} is not supported; convert it to RGB or grey, PNG")
 
 
 def bits_per_channel(path: Path, image: Image.Image) -> int:
