@@ -21,9 +21,8 @@ def gaussian_distance(
         wide = accumulator(a)  # squares of large differences overflow in float16
         squares = (a.to(wide) - b.to(wide)).square().flatten(1)  # (B, F)
         d2 = (squares.mean if mean else squares.sum)(dim=1)
-        variance = (
-            d2.detach().mean() + ADAPTIVE_FLOOR if sigma is None else sigma[t] * sigma[t]
-        )  # ** would raise beyond 1e154
+        # A product, because ** would raise for a sigma beyond 1e154.
+        variance = d2.detach().mean() + ADAPTIVE_FLOOR if sigma is None else sigma[t] * sigma[t]
         taps.append(-torch.expm1(-d2 / (2 * variance)))
     distance = torch.stack(taps)
     reduced: Tensor = distance if reduction == "none" else getattr(distance, reduction)(dim=1)

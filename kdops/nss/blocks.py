@@ -63,9 +63,7 @@ def edge_deviations(normalised: Tensor, *, tiny: float = TINY) -> Tensor:
     tiles = blocks(normalised)
     borders = torch.stack([tiles[..., 0, :], tiles[..., -1, :], tiles[..., 0], tiles[..., -1]], dim=-2)
     segments = borders.unfold(-1, SEGMENT, 1)  # (B, C, h, w, 4, 11, 6)
-    wide = segments.to(
-        accumulator(segments)
-    )  # in float16 `tiny` is 0, and so flat segments would have a gradient of 0 / 0
+    wide = segments.to(accumulator(segments))  # in float16 `tiny` is 0: flat segments would have a gradient of 0 / 0
     return (wide.var(dim=-1) + tiny).sqrt().to(segments.dtype)
 
 
