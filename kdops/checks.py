@@ -8,7 +8,7 @@ from __future__ import annotations
 import numbers
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import inf
 from typing import TypeVar
 
@@ -54,6 +54,12 @@ def maps(name: str, t: Tensor) -> None:
         raise TypeError(f"{name} are {describe(t)}, but they must be floating point: convert them with .float().")
     if t.ndim != 4:
         raise ValueError(f"{name} are {describe(t)}, but they must be (B, C, H, W).")
+
+
+def any_tangent(given: Iterable[Tensor]) -> bool:
+    """Whether forward mode is asked about any of them; outside of it nothing is looked at."""
+    forward = torch.autograd.forward_ad
+    return forward._current_level >= 0 and any(forward.unpack_dual(t).tangent is not None for t in given)
 
 
 def autocasting(t: Tensor) -> bool:

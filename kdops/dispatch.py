@@ -214,10 +214,8 @@ def _as_given(run: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 def _refuse_transforms(name: str, chosen: str, tensors: Sequence[Tensor]) -> None:
     # A registered op without a forward-mode formula would drop the tangent without a word.
-    if torch.autograd.forward_ad._current_level >= 0 and (
-        torch.compiler.is_compiling()  # which cannot look for tangents
-        or any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-    ):
+    # Compiled code cannot look for tangents.
+    if torch.autograd.forward_ad._current_level >= 0 and (torch.compiler.is_compiling() or checks.any_tangent(tensors)):
         raise NotImplementedError(
             f"{name}: backend {chosen!r} has no forward-mode derivative; pass backend='reference' for torch.func.jvp and dual tensors."
         )

@@ -8,11 +8,13 @@ They are two operators and not one so that a forced backend stays visible in a c
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import checks
 
 LIBRARY = torch.library.Library("kdops", "FRAGMENT")
 _suffixes: dict[str, list[str]] = {}  # of every declared name: "", and "_triton" where that backend exists
@@ -110,25 +112,23 @@ def _refusing(overload: Op, why: str) -> Op:
     return call
 
 
-def _tensors(arguments: tuple[Any, ...]) -> list[Tensor]:
+def _tensors(arguments: tuple[Any, ...]) -> Iterator[Tensor]:
     """The tensors among arguments and lists of them."""
     flat = (t for a in arguments for t in (a if isinstance(a, list) else [a]))
-    return [t for t in flat if isinstance(t, Tensor)]
+    return (t for t in flat if isinstance(t, Tensor))
 
 
 def _differentiable(arguments: tuple[Any, ...]) -> list[Tensor]:
     """Those, if any of them is to be differentiated; else none."""
     if not torch.is_grad_enabled():
         return []
-    tensors = _tensors(arguments)
+    tensors = list(_tensors(arguments))
     return tensors if any(t.requires_grad for t in tensors) else []
 
 
 def _refuse_tangents(overload: Any, arguments: tuple[Any, ...]) -> None:
     """A backward operator would drop the tangent of an upstream gradient without a word."""
-    if torch.autograd.forward_ad._current_level < 0:
-        return
-    if any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in _tensors(arguments)):
+    if checks.any_tangent(_tensors(arguments)):
         raise NotImplementedError(
             f"{overload.name()}: it has no forward-mode derivative; pass backend='reference' for dual tensors in a backward pass."
         )

@@ -166,11 +166,8 @@ def given_sets(wanted: Wanted) -> dict[str, ValSet]:
     places = [place if equals else text for text, equals, place in given]
     absent = [place for place in places if place != PHOTOS and not Path(place).exists()]
     if absent:
-        hint = (
-            " (what stands before = is the set's name: give name=path where a path has one)"
-            if any(e for _, e, _ in given)
-            else ""
-        )
+        split = any(equals for _, equals, _ in given)
+        hint = " (what stands before = is the set's name: give name=path where a path has one)" if split else ""
         raise InputError([f"--data {place}: there is no folder or image {place}{hint}" for place in absent])
     paths = [Path(place).resolve() for place in places]
     names = [

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from trainers.data.folders import list_images
+from trainers.data.folders import LeastSide, PairFiles, image_problems, list_images
 from trainers.data.images import read_image, to_float, write_png
 from trainers.errors import InputError
 from trainers.sources import open_source
@@ -37,25 +37,15 @@ def restore(given: Path, out: Path, source: Path, *, tile: int | None = None, en
         raise InputError(f"{there[0]} exists already{others}: give another output, or remove what is there")
     opened = open_source(source)
     restorer = opened.restorer(tile=tile, ensemble=ensemble)
-    _refuse_unreadable(targets, opened.grey)
+    problems = image_problems([PairFiles(path.stem, path, None) for path in targets], 1, LeastSide(1, "a pixel"))
+    if problems:  # of any of them, before the first is restored
+        raise InputError(problems)
     for path, written in targets.items():
         image = to_float(read_image(path, grey=opened.grey))[None].to(opened.device)
         with torch.inference_mode():
             restored = restorer(image)[0]
         write_png(written, restored.float().cpu())
         yield written
-
-
-def _refuse_unreadable(images: Iterable[Path], grey: bool) -> None:
-    """All of them at once, before the first is restored."""
-    problems: list[str] = []
-    for path in images:
-        try:
-            read_image(path, grey=grey)
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError(problems)
 
 
 def pictures(folder: Path) -> dict[str, Path]:

@@ -141,10 +141,9 @@ class RunFolder:
                     (self.path / LOCK).unlink()
                     self.path.rmdir()
         for file in (self._metrics, self._lock):
-            if file is not None:
-                with suppress(
-                    OSError
-                ):  # a full disk: `log` has said it, and what it could not write would be written now
+            # On a full disk what `log` could not write, and said so, would be written now.
+            with suppress(OSError):
+                if file is not None:
                     file.close()
         self._metrics = self._lock = None
 

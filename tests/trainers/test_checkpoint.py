@@ -9,6 +9,7 @@ import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -178,12 +179,12 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(
     """Root reads everything, so the refusal is made up."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     save(checkpoints, 1)
-    opened = Path.open
+    opened: Any = Path.open
 
     def forbidden(self: Path, *arguments: object, **more: object) -> object:
         if self.suffix == ".safetensors":
             raise PermissionError(errno.EACCES, "Permission denied", str(self))
-        return opened(self, *arguments, **more)  # type: ignore[call-overload]
+        return opened(self, *arguments, **more)
 
     monkeypatch.setattr(Path, "open", forbidden)
     with pytest.raises(PermissionError):
